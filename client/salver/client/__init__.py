@@ -1,0 +1,1 @@
+"""Salver's Python client."""

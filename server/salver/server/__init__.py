@@ -1,0 +1,1 @@
+"""The server: engine (scheduling, worker process), rpc (the gRPC front), configuration, metrics."""

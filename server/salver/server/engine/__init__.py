@@ -1,0 +1,1 @@
+"""The engine: requests become steps, in a worker process of its own."""

@@ -1,0 +1,29 @@
+"""What the worker is told at its start, and nothing else; plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of the engine. None leaves the choice to the worker, which knows the device.
+
+    `checkpoint` is a Hugging Face style directory (config.json, *.safetensors or *.bin):
+    GGUF files are converted to one before the worker starts. Sizes in bytes and tokens.
+    """
+
+    checkpoint: str
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    numerics: str = "exact"  # exact | fast
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory: int | None = None
+    block_size: int | None = None
+    enable_prefix_caching: bool = True
+    priority_interval: float = 1.0  # seconds of waiting that one priority level is worth
+    weights_digest: str = ""
+    check_integrity: bool = False  # after every step, for tests

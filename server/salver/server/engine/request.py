@@ -1,0 +1,174 @@
+"""What goes into the engine and what comes out of it: plain data, standard library only.
+
+The front makes an `EngineRequest` (integers and frozen parameters, no text) and
+sends it through the pipe; the worker answers with one `StepMessage` per step.
+Everything here is pickled between the two processes, which are of one version.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+NO_DEADLINE = float("inf")
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended. The front adds stop strings, which the engine does not know."""
+
+    STOP = "stop"  # an end-of-sequence token or a stop token id
+    LENGTH = "length"  # max_tokens or the end of the context
+    ABORT = "abort"  # the front asked for it
+    DEADLINE = "deadline"  # its deadline passed, queued or running
+    ERROR = "error"  # its computation failed (memory, NaN); the others went on
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; defaults switch each step off. temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParams:
+    """When a sequence ends. `stop_token_ids` holds the end-of-sequence ids too, unless ignored.
+
+    Before `min_tokens` output tokens, a stop token id cannot be chosen: its logit is masked.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A prompt and `len(outputs)` samples of its continuation.
+
+    `outputs[i]` are the tokens that sample `sample_indices[i]` has already (resumed, or
+    from before the worker died); usually empty. They count as output for penalties,
+    limits and noise positions. A request with `max_tokens` 0 computes its prompt only
+    (Score). Times are of the monotonic clock, which both processes share.
+    """
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stopping: StoppingParams
+    sample_indices: tuple[int, ...] = (0,)
+    outputs: tuple[tuple[int, ...], ...] = ((),)
+    output_top_k: int | None = None  # log-probabilities of output tokens: 0 the chosen alone
+    prompt_top_k: int | None = None
+    prompt_logprobs_start: int = 0  # first prompt position whose log-probability is wanted
+    priority: int = 0
+    deadline: float = NO_DEADLINE
+    arrival: float = 0.0
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities at one position, of the raw logits. `top` is sorted, most probable first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class SequenceTimings:
+    """Seconds (durations) and counts of one sequence, filled when it ends."""
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    steps: int = 0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one step added to one sample of a request."""
+
+    request_id: int
+    sample_index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] | None = None  # one per token, when asked for
+    prompt_logprobs: list[Logprobs] | None = None  # of positions in order, as chunks are computed
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set when it ends
+    timings: SequenceTimings | None = None  # set when it ends
+    error: str = ""
+
+
+@dataclass(slots=True)
+class StepStats:
+    """One step, for the metrics. Seconds."""
+
+    num_tokens: int
+    num_sequences: int
+    duration: float
+    model_duration: float  # of it, inside the model's forward pass
+
+
+@dataclass(slots=True)
+class StepMessage:
+    """Worker to front: all that one step produced."""
+
+    outputs: list[SequenceOutput]
+    started: list[tuple[int, float]]  # request ids first scheduled in this step, seconds they waited
+    stats: StepStats | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Worker to front: the model is loaded and warm."""
+
+    device: str  # "cpu" or "cuda:0 NVIDIA H100 ..."
+    dtype: str
+    torch_version: str
+    numerics_id: str
+    num_parameters: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Worker to front: it cannot start, and why (for a person, naming flag, file or tensor)."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Front to worker."""
+
+    request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Front to worker: free everything that the request (or one sample of it) holds, within a step."""
+
+    request_id: int
+    sample_index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Front to worker: end now."""

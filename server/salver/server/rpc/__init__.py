@@ -1,0 +1,1 @@
+"""The gRPC front: validation, admission, conversion, status codes."""
