@@ -1,0 +1,100 @@
+# Salver for a newcomer: `make run` and `make test`. GNU make, Python 3.11-3.13, no compiler.
+#
+# Variables, e.g. `make run PORT=50052 MODEL=./checkpoint`:
+#   PYTHON        the interpreter that .venv is made with
+#   PIP_ARGS      more arguments for every pip install, e.g. an extra index
+#   TORCH         the torch to install first; machines with a GPU may want another build
+#   HOST PORT METRICS_PORT MODEL QUESTION SERVE_ARGS   of `make run`
+#   PYTEST_ARGS   of `make test`
+#   BENCH_ARGS    of `make bench`
+
+PYTHON ?= python3
+PIP_ARGS ?=
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 50051
+METRICS_PORT ?= 9090
+MODEL ?= smollm2
+QUESTION ?= What is the capital of France?
+SERVE_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install $(PIP_ARGS)
+# Everything that an editable install is made from; our own code is not in it.
+PROJECT := pyproject.toml protos/generate.py $(wildcard protos/salver/v1/*.proto)
+# The outside tools where .ci/run puts them.
+BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
+
+.PHONY: help run test check bench protos tools clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
+
+run: $(VENV)/.server ## install, fetch the default model, serve it, ask it a question, go on until Ctrl-C
+	@$(BIN)/python deploy/run_local.py --host "$(HOST)" --port "$(PORT)" --metrics-port "$(METRICS_PORT)" \
+		--model "$(MODEL)" --question "$(QUESTION)" -- $(SERVE_ARGS)
+
+test: check ## check the sources and run every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev ## ruff, mypy, and buf lint where buf is installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+ifneq ($(BUF),)
+	$(BUF) lint protos
+else
+	@test "$$SALVER_REQUIRE_TOOLS" != 1 || { echo 'buf is missing and SALVER_REQUIRE_TOOLS=1' >&2; exit 1; }
+	@echo 'buf is not installed: the .proto files are not linted'
+endif
+
+bench: $(VENV)/.dev ## measure the served default model, and transformers beside it
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+protos: $(VENV)/.dev ## generate the stubs anew (an install does it too)
+	touch protos/generate.py
+	$(MAKE) $(VENV)/.dev
+
+tools: .tools/.done ## install the outside tools of the tests into .tools (Debian with apt, as root)
+
+clean: ## remove what was installed and generated
+	rm -rf $(VENV) .tools build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f protos/salver/v1/*_pb2*.py protos/salver/v1/*_pb2*.pyi
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- installs; each is done once for its inputs ----
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
+		ok or sys.exit("Salver needs Python 3.11 to 3.13, and $(PYTHON) is " + sys.version.split()[0] \
+		+ ": name another one with `make PYTHON=python3.12 ...`")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Torch first and pinned: as a mere dependency it resolves to the newest build, which
+# on Linux brings gigabytes of CUDA libraries.
+$(VENV)/.torch: $(VENV)/.made
+	$(PIP) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.server: $(VENV)/.torch $(PROJECT)
+	$(PIP) -e '.[server]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(PROJECT)
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.server
+
+# Prometheus is unpacked from Debian's package rather than installed: nothing starts
+# and no port is taken.
+.tools/.done: tests/tools.txt
+	mkdir -p .tools/bin .tools/deb
+	cd .tools/deb && rm -f prometheus_*.deb && apt-get -q download prometheus && dpkg -x prometheus_*.deb .
+	$(PYTHON) -m venv .tools/venv
+	.tools/venv/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r tests/tools.txt
+	ln -sf ../deb/usr/bin/prometheus ../deb/usr/bin/promtool ../venv/bin/buf ../venv/bin/grpcurl .tools/bin/
+	@touch $@
