@@ -1,0 +1,219 @@
+"""One step of the engine: schedule, run, and tell what came of it.
+
+No torch, no clock and no pipe of its own: the worker steps it in a process of its own, and
+`InlineEngine` steps it in the caller's loop with whatever clock a test likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from salver.server.engine.blocks import BlockPool
+from salver.server.engine.request import (
+    EngineRequest,
+    FinishReason,
+    Logprobs,
+    SequenceOutput,
+    StepMessage,
+    StepStats,
+)
+from salver.server.engine.scheduler import Schedule, Scheduled, Scheduler
+from salver.server.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What the model gave for one scheduled part."""
+
+    token_id: int | None = None  # the token chosen, if the part ended at the newest token
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[Logprobs] | None = None
+    error: str = ""  # this sequence alone failed
+
+
+@dataclass(slots=True)
+class StepResult:
+    """One result per scheduled part, in order, and the seconds spent inside the model."""
+
+    rows: list[RowResult]
+    model_duration: float = 0.0
+
+
+class Runner(Protocol):
+    """Computes a step on the device."""
+
+    def execute(self, schedule: Schedule) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the core holds itself to; sizes in tokens, blocks and sequences."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    priority_interval: float = 1.0
+    enable_prefix_caching: bool = True
+    check_integrity: bool = False
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What a step message will hold, gathered also between steps (aborts, refusals)."""
+
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    started: list[tuple[int, float]] = field(default_factory=list)
+
+
+class EngineCore:
+    """Requests in, step messages out."""
+
+    def __init__(self, runner: Runner, limits: EngineLimits, *, clock: Callable[[], float]) -> None:
+        self.limits = limits
+        self.pool = BlockPool(
+            limits.num_blocks, limits.block_size, enable_prefix_caching=limits.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            priority_interval=limits.priority_interval,
+        )
+        self.steps = 0
+        self.generated_tokens = 0
+        self._runner = runner
+        self._clock = clock
+        self._pending = _Pending()
+        self._started: set[int] = set()  # unfinished requests whose start was told
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._pending.outputs)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. One that could never run is answered with an error in the next step."""
+        problem = self._refusal(request)
+        if problem:
+            for index in request.sample_indices:
+                self._pending.outputs.append(
+                    SequenceOutput(request.request_id, index, finish_reason=FinishReason.ERROR, error=problem)
+                )
+            return
+        self.scheduler.add(request)
+
+    def abort(self, request_id: int, sample_index: int | None = None) -> None:
+        """Frees everything that a request, or one sample of it, holds; unknown ones are ignored.
+
+        (They ended on their way here.) Nothing is answered: who aborts does not wait.
+        """
+        for sequence in self.scheduler.find(request_id, sample_index):
+            self.scheduler.finish(sequence, FinishReason.ABORT)
+        self._forget_started(request_id)
+
+    def step(self) -> StepMessage | None:
+        """Runs one step. None when there was nothing to do and nothing to tell."""
+        begin = self._clock()
+        for sequence in self.scheduler.expired(begin):
+            self._finish(sequence, FinishReason.DEADLINE)
+        schedule = self.scheduler.schedule(begin)
+        stats = None
+        for sequence in schedule.started:
+            request_id = sequence.request.request_id
+            if request_id not in self._started:
+                self._started.add(request_id)
+                self._pending.started.append((request_id, begin - sequence.arrival))
+        if schedule.scheduled:
+            result = self._runner.execute(schedule)
+            now = self._clock()
+            for item, row in zip(schedule.scheduled, result.rows, strict=True):
+                self._take(item, row, now)
+            self.steps += 1
+            stats = StepStats(
+                schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration
+            )
+        if self.limits.check_integrity or not self.scheduler.has_work:
+            self.scheduler.check_integrity()
+        pending, self._pending = self._pending, _Pending()
+        if not (pending.outputs or pending.started or stats):
+            return None
+        return StepMessage(pending.outputs, pending.started, stats)
+
+    def _refusal(self, request: EngineRequest) -> str:
+        prompt, output = len(request.prompt_token_ids), max(map(len, request.outputs), default=0)
+        total = prompt + max(request.stopping.max_tokens, output)
+        if prompt == 0:
+            return "the prompt is empty"
+        if total > self.limits.max_model_len:
+            return f"{total} tokens are more than the context of {self.limits.max_model_len}"
+        if self.pool.blocks_for(total) > self.pool.num_blocks - 1:
+            held = (self.pool.num_blocks - 1) * self.pool.block_size
+            return f"{total} tokens are more than the cache holds ({held})"
+        return ""
+
+    def _take(self, item: Scheduled, row: RowResult, now: float) -> None:
+        """Applies one row of the step's result to its sequence."""
+        sequence = item.sequence
+        sequence.steps += 1
+        if row.error:
+            self._finish(sequence, FinishReason.ERROR, error=row.error)
+            return
+        self.scheduler.advance(item)
+        reason: FinishReason | None = None
+        token_ids: list[int] = []
+        if row.token_id is not None:
+            token_ids.append(row.token_id)
+            sequence.token_ids.append(row.token_id)
+            sequence.last_token = now
+            if sequence.first_token is None:
+                sequence.first_token = now
+            self.generated_tokens += 1
+            reason = sequence.finish_reason_after(row.token_id)
+        elif not sequence.generates and sequence.num_computed_tokens == sequence.num_tokens:
+            sequence.first_token = sequence.last_token = now
+            reason = FinishReason.LENGTH
+        logprobs = [row.logprobs] if row.logprobs else None
+        if reason is not None:
+            self._finish(sequence, reason, token_ids, logprobs, row.prompt_logprobs)
+        elif token_ids or row.prompt_logprobs:
+            self._pending.outputs.append(
+                SequenceOutput(
+                    sequence.request.request_id,
+                    sequence.sample_index,
+                    token_ids,
+                    logprobs,
+                    row.prompt_logprobs,
+                )
+            )
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_ids: list[int] | None = None,
+        logprobs: list[Logprobs] | None = None,
+        prompt_logprobs: list[Logprobs] | None = None,
+        error: str = "",
+    ) -> None:
+        self.scheduler.finish(sequence, reason)
+        self._pending.outputs.append(
+            SequenceOutput(
+                sequence.request.request_id,
+                sequence.sample_index,
+                token_ids or [],
+                logprobs,
+                prompt_logprobs,
+                reason,
+                sequence.num_cached_tokens,
+                sequence.timings(),
+                error,
+            )
+        )
+        self._forget_started(sequence.request.request_id)
+
+    def _forget_started(self, request_id: int) -> None:
+        if not self.scheduler.find(request_id):
+            self._started.discard(request_id)

@@ -1,0 +1,161 @@
+"""Computes a step on the device: batch, forward pass, sampling, log-probabilities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from salver.model.attention import AttentionBatch
+from salver.model.cache import KVCache
+from salver.model.sampling import SamplingRow, TokenLogprobs, sample, token_logprobs
+from salver.model.transformer import Transformer
+from salver.server.engine.batch import build_batch
+from salver.server.engine.core import RowResult, StepResult
+from salver.server.engine.request import Logprobs
+from salver.server.engine.scheduler import Schedule, Scheduled
+from salver.server.engine.sequence import Sequence
+
+# Prompt log-probabilities need the logits of every position: so many rows at a time.
+LOGPROB_ROWS = 64
+
+
+class ModelRunner:
+    """Owns the model and its cache."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        *,
+        block_size: int,
+        row_multiple: int,
+        on_progress: Callable[[], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.block_size = block_size
+        self.row_multiple = row_multiple
+        self.device = next(model.parameters()).device
+        self._on_progress = on_progress
+
+    @torch.inference_mode()
+    def execute(self, schedule: Schedule) -> StepResult:
+        """Computes one step; a row whose logits are not numbers fails alone."""
+        if schedule.copies:
+            self.cache.copy_blocks(schedule.copies)
+        batch = build_batch(
+            schedule.scheduled, self.block_size, row_multiple=self.row_multiple, device=self.device
+        )
+        results = [RowResult() for _ in schedule.scheduled]
+        model_begin = time.perf_counter()
+        hidden = self.model(
+            batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress
+        )
+        sampling = [i for i, item in enumerate(schedule.scheduled) if item.samples]
+        logits = self._logits(hidden, [batch.attention.cu_seqlens_q[i + 1] - 1 for i in sampling])
+        model_duration = time.perf_counter() - model_begin
+        self._sample(schedule, sampling, logits, results)
+        for item, first_row, result in zip(schedule.scheduled, batch.first_rows, results, strict=True):
+            if item.sequence.request.prompt_top_k is not None:
+                self._prompt_logprobs(item, hidden, first_row, result)
+        return StepResult(results, model_duration)
+
+    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """float32 [len(rows), vocab] of these rows of hidden [N, hidden_size]."""
+        padded = rows + [0] * (-len(rows) % self.row_multiple)
+        index = torch.tensor(padded, dtype=torch.int64, device=self.device)
+        return self.model.logits(hidden.index_select(0, index))[: len(rows)]
+
+    def _sample(
+        self, schedule: Schedule, sampling: list[int], logits: Tensor, results: list[RowResult]
+    ) -> None:
+        if not sampling:
+            return
+        sequences = [schedule.scheduled[i].sequence for i in sampling]
+        token_ids = sample(logits, [_sampling_row(sequence) for sequence in sequences])
+        for i, token_id in zip(sampling, token_ids, strict=True):
+            if token_id < 0:
+                results[i].error = "the model's logits are not numbers"
+            else:
+                results[i].token_id = token_id
+        wanted = [
+            row
+            for row, sequence in enumerate(sequences)
+            if sequence.request.output_top_k is not None and token_ids[row] >= 0
+        ]
+        if wanted:
+            found = token_logprobs(
+                logits[wanted],
+                [token_ids[row] for row in wanted],
+                [sequences[row].request.output_top_k or 0 for row in wanted],
+            )
+            for row, logprobs in zip(wanted, found, strict=True):
+                results[sampling[row]].logprobs = _logprobs(logprobs)
+
+    def _prompt_logprobs(self, item: Scheduled, hidden: Tensor, first_row: int, result: RowResult) -> None:
+        """Row p's logits score the token at p + 1; each position is told once, also after a preemption."""
+        sequence = item.sequence
+        first = max(item.start + 1, sequence.next_prompt_logprob)
+        last = min(item.start + item.num_tokens, sequence.num_prompt_tokens - 1)
+        if first > last:
+            return
+        result.prompt_logprobs = []
+        top_k = sequence.request.prompt_top_k or 0
+        for begin in range(first, last + 1, LOGPROB_ROWS):
+            positions = range(begin, min(begin + LOGPROB_ROWS, last + 1))
+            logits = self._logits(hidden, [first_row + p - 1 - item.start for p in positions])
+            if not bool(torch.isfinite(logits).any(dim=-1).all()):
+                result.error = "the model's logits are not numbers"
+                return
+            targets = [sequence.token_ids[p] for p in positions]
+            found = token_logprobs(logits, targets, [top_k] * len(targets))
+            result.prompt_logprobs += [_logprobs(logprobs) for logprobs in found]
+            if self._on_progress:
+                self._on_progress()
+        sequence.next_prompt_logprob = last + 1
+
+    @torch.inference_mode()
+    def measure_prefill(self, num_tokens: int) -> float:
+        """Tokens a second of a prompt this long, all in the null block; also warms the kernels up."""
+        attention = AttentionBatch(
+            cu_seqlens_q=[0, num_tokens],
+            seq_lens=[num_tokens],
+            block_tables=torch.zeros((1, -(-num_tokens // self.block_size)), dtype=torch.int64).to(
+                self.device
+            ),
+            slot_mapping=torch.arange(num_tokens, device=self.device) % self.block_size,
+        )
+        token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        positions = torch.arange(num_tokens, device=self.device)
+        begin = time.perf_counter()
+        hidden = self.model(token_ids, positions, self.cache, attention, on_layer=self._on_progress)
+        self._logits(hidden, [0]).argmax().item()  # the read waits for the device
+        return num_tokens / (time.perf_counter() - begin)
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    request = sequence.request
+    sampling, stopping = request.sampling, request.stopping
+    banned = stopping.stop_token_ids if sequence.num_output_tokens < stopping.min_tokens else ()
+    return SamplingRow(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        seed=sampling.seed,
+        sample_index=sequence.sample_index,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
+        banned_token_ids=banned,
+    )
+
+
+def _logprobs(found: TokenLogprobs) -> Logprobs:
+    return Logprobs(found.token_id, found.logprob, found.rank, found.top)

@@ -1,0 +1,311 @@
+"""What runs in the next step. No phases: every sequence is tokens that are not yet computed.
+
+Standard library only. `schedule()` lets `num_computed_tokens` of each sequence catch up
+with its `num_tokens` under one token budget: running sequences first, best first, each
+sure of at least one token, then waiting ones. A prompt longer than the budget is taken
+in chunks, a cached prefix is a head start, a preempted sequence starts again from its
+tokens so far, and so does a resumed one: all the same case.
+
+Order: the class (arrival in whole priority intervals, less the priority), then the earlier
+deadline, then arrival. The class of a waiting request never changes while that of later
+arrivals grows, so whatever arrives, only requests of priority p' that came less than
+(p' - p + 1) intervals later can overtake one of priority p: nothing starves.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from salver.server.engine.blocks import BlockPool
+from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
+from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """Tokens `start : start + num_tokens` of a sequence are computed in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether its last row is the sequence's newest token, so that the next one can be chosen."""
+        return self.sequence.generates and self.start + self.num_tokens == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step: what is computed, the block copies that come before, and who just began."""
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+class Scheduler:
+    """Queues, blocks and the choice of each step."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        priority_interval: float = 1.0,
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({max_num_seqs}): every running sequence takes a token a step"
+            )
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.priority_interval = priority_interval
+        self.running: list[Sequence] = []  # sorted by key, best first
+        self.num_waiting = 0
+        self.preemptions = 0
+        self.prefix_queries = 0  # prompt tokens looked up
+        self.prefix_hits = 0  # and found
+        self._waiting: list[tuple[OrderKey, Sequence]] = []  # a heap; entries that left are skipped
+        self._deadlines: list[tuple[float, int, int, Sequence]] = []  # a heap, likewise
+        self._sequences: dict[int, dict[int, Sequence]] = {}  # by request, sample; unfinished ones
+        self._copies: list[tuple[int, int]] = []
+
+    # --- what comes in -----------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request: its first sample leads, the others share the leader's prompt."""
+        samples = [
+            Sequence(request, index, output, self._key(request, index))
+            for index, output in zip(request.sample_indices, request.outputs, strict=True)
+        ]
+        self._sequences[request.request_id] = {s.sample_index: s for s in samples}
+        for sequence in samples:
+            if request.deadline != NO_DEADLINE:
+                entry = (request.deadline, request.request_id, sequence.sample_index, sequence)
+                heapq.heappush(self._deadlines, entry)
+        self._lead(samples)
+
+    def find(self, request_id: int, sample_index: int | None = None) -> list[Sequence]:
+        """The unfinished sequences of a request, or one of them; empty when it has ended."""
+        samples = self._sequences.get(request_id, {})
+        if sample_index is None:
+            return list(samples.values())
+        return [samples[sample_index]] if sample_index in samples else []
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence in whatever state it is and frees what it holds, now."""
+        if sequence.finished:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self.num_waiting -= 1
+        followers, sequence.followers = sequence.followers, []
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        self._release(sequence)
+        samples = self._sequences[sequence.request.request_id]
+        del samples[sequence.sample_index]
+        if not samples:
+            del self._sequences[sequence.request.request_id]
+        # A leader that ends before its prompt is computed leaves the lead to the next sample.
+        self._lead([f for f in followers if not f.finished])
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def unfinished(self) -> Iterator[Sequence]:
+        for samples in self._sequences.values():
+            yield from samples.values()
+
+    # --- the step ----------------------------------------------------------------------
+
+    def expired(self, now: float) -> list[Sequence]:
+        """The sequences whose deadline has passed; the caller finishes them."""
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heapq.heappop(self._deadlines)[-1]
+            if not sequence.finished:
+                expired.append(sequence)
+        # Entries of ended requests with far deadlines would pile up: sweep when they are the most.
+        if len(self._deadlines) > 64 + 2 * sum(len(s) for s in self._sequences.values()):
+            self._deadlines = [entry for entry in self._deadlines if not entry[-1].finished]
+            heapq.heapify(self._deadlines)
+        return expired
+
+    def schedule(self, now: float) -> Schedule:
+        """Chooses the next step. Allocates its blocks, preempting from the worst end when short."""
+        schedule = Schedule()
+        budget, preempted = self._schedule_running(schedule)
+        if not preempted:
+            self._schedule_waiting(schedule, budget, now)
+        schedule.copies, self._copies = self._copies, []
+        return schedule
+
+    def advance(self, item: Scheduled) -> None:
+        """Records that a scheduled part is computed: full blocks become findable, samples fork."""
+        sequence = item.sequence
+        sequence.num_computed_tokens = item.start + item.num_tokens
+        size = self.pool.block_size
+        full = sequence.num_computed_tokens // size
+        if full > sequence.num_registered_blocks:
+            digests = sequence.digests(size, full * size)
+            for index in range(sequence.num_registered_blocks, full):
+                self.pool.register(sequence.block_table[index], digests[index])
+            sequence.num_registered_blocks = full
+        if sequence.followers and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+            self._fork_followers(sequence)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every block is free, cached or owned exactly once per owner."""
+        self.pool.check_integrity(s.block_table for s in self.unfinished())
+
+    # --- inside ------------------------------------------------------------------------
+
+    def _key(self, request: EngineRequest, sample_index: int) -> OrderKey:
+        interval = int(request.arrival // self.priority_interval)
+        order = (interval - request.priority, request.deadline, request.arrival)
+        return (*order, request.request_id, sample_index)
+
+    def _lead(self, samples: list[Sequence]) -> None:
+        """Queues the first of these; the others are held until its prompt is computed."""
+        if not samples:
+            return
+        leader, *followers = samples
+        leader.followers = followers
+        for follower in followers:
+            follower.status = SequenceStatus.HELD
+        self._wait(leader)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        self.num_waiting += 1
+        heapq.heappush(self._waiting, (sequence.key, sequence))
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+        sequence.num_registered_blocks = 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue, at its old place; its tokens are computed again."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self._wait(sequence)
+
+    def _schedule_running(self, schedule: Schedule) -> tuple[int, bool]:
+        budget = self.max_num_batched_tokens
+        preempted = False
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            # Those behind keep a token each, or one long prompt would stall every stream.
+            behind = len(self.running) - index - 1
+            start = sequence.num_computed_tokens
+            num_tokens = min(sequence.num_tokens - start, budget - behind)
+            missing = self.pool.blocks_for(start + num_tokens) - len(sequence.block_table)
+            if missing > self.pool.num_free:
+                # The worst has not been scheduled yet: at the end stands this one or a worse one.
+                self._preempt(self.running[-1])
+                preempted = True
+                continue
+            sequence.block_table += self.pool.allocate(max(0, missing))
+            schedule.scheduled.append(Scheduled(sequence, start, num_tokens))
+            budget -= num_tokens
+            index += 1
+        return budget, preempted
+
+    def _schedule_waiting(self, schedule: Schedule, budget: int, now: float) -> None:
+        while budget > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self._best_waiting()
+            if sequence is None or not self._admit(sequence):
+                break
+            heapq.heappop(self._waiting)
+            self.num_waiting -= 1
+            sequence.status = SequenceStatus.RUNNING
+            if sequence.first_scheduled is None:
+                sequence.first_scheduled = now
+                schedule.started.append(sequence)
+            insort(self.running, sequence, key=lambda s: s.key)
+            start = sequence.num_computed_tokens
+            num_tokens = min(sequence.num_tokens - start, budget)
+            schedule.scheduled.append(Scheduled(sequence, start, num_tokens))
+            budget -= num_tokens
+
+    def _best_waiting(self) -> Sequence | None:
+        while self._waiting:
+            sequence = self._waiting[0][1]
+            if sequence.status is SequenceStatus.WAITING:
+                return sequence
+            heapq.heappop(self._waiting)
+        return None
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a sequence the blocks of all its tokens, cached ones first, or leaves it waiting.
+
+        All its blocks at once, so that a chunked prompt never stops half way for want of
+        blocks; and while others run, one block is left for each of them to grow into.
+        """
+        hits: list[int] = []
+        if sequence.reads_prefix_cache:
+            # A full hit still computes the last token: its logits are what is wanted.
+            hits = self.pool.lookup(sequence.digests(self.pool.block_size, sequence.num_tokens - 1))
+        missing = self.pool.blocks_for(sequence.num_tokens) - len(hits)
+        left = self.pool.num_free - self.pool.num_free_among(hits) - missing
+        if left < len(self.running):
+            return False
+        self.pool.share(hits)
+        sequence.block_table = hits + self.pool.allocate(missing)
+        sequence.num_computed_tokens = len(hits) * self.pool.block_size
+        sequence.num_registered_blocks = len(hits)
+        if sequence.first_scheduled is None and sequence.reads_prefix_cache:
+            cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            sequence.num_cached_tokens = cached
+            self.prefix_queries += sequence.num_prompt_tokens
+            self.prefix_hits += cached
+        return True
+
+    def _fork_followers(self, leader: Sequence) -> None:
+        """Lets held samples share the leader's prompt: full blocks owned together, the last one copied.
+
+        A fork leaves the last prompt token to compute, which gives the sample its own
+        first logits. A sample that finds no slot or block waits like any other request.
+        """
+        size = self.pool.block_size
+        shared_tokens = leader.num_prompt_tokens - 1
+        shared = leader.block_table[: shared_tokens // size]
+        has_part = shared_tokens % size > 0
+        followers, leader.followers = leader.followers, []
+        for follower in followers:
+            if follower.finished:
+                continue
+            missing = self.pool.blocks_for(follower.num_tokens) - len(shared)
+            if len(self.running) >= self.max_num_seqs or self.pool.num_free - missing < len(self.running):
+                self._wait(follower)
+                continue
+            self.pool.share(shared)
+            fresh = self.pool.allocate(missing)
+            if has_part:
+                self._copies.append((leader.block_table[len(shared)], fresh[0]))
+            follower.block_table = shared + fresh
+            follower.num_computed_tokens = shared_tokens
+            follower.num_registered_blocks = len(shared)
+            follower.num_cached_tokens = leader.num_cached_tokens
+            follower.first_scheduled = leader.first_scheduled
+            follower.status = SequenceStatus.RUNNING
+            insort(self.running, follower, key=lambda s: s.key)

@@ -1,0 +1,128 @@
+"""One sample of a request inside the engine: its tokens, its blocks, how far it is computed."""
+
+from __future__ import annotations
+
+import enum
+
+from salver.server.engine.blocks import block_digest, root_digest
+from salver.server.engine.request import (
+    EngineRequest,
+    FinishReason,
+    SequenceTimings,
+)
+
+# (priority class, deadline, arrival, request, sample): lower is sooner.
+OrderKey = tuple[int, float, float, int, int]
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is. A held one waits for its leader's prompt, which it will share."""
+
+    HELD = "held"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """The engine's state of one sample.
+
+    `token_ids` is prompt and output together; the first `num_computed_tokens` of them have
+    their keys and values in the blocks of `block_table`. Everything that is not yet
+    computed is work, whatever it is called elsewhere (prefill, decode, recomputation).
+    """
+
+    __slots__ = (
+        "_digests",
+        "arrival",
+        "block_table",
+        "finish_reason",
+        "first_scheduled",
+        "first_token",
+        "followers",
+        "key",
+        "last_token",
+        "next_prompt_logprob",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "preemptions",
+        "request",
+        "sample_index",
+        "status",
+        "steps",
+        "token_ids",
+    )
+
+    def __init__(self, request: EngineRequest, sample_index: int, output: tuple[int, ...], key: OrderKey):
+        self.request = request
+        self.sample_index = sample_index
+        self.key = key
+        self.token_ids = [*request.prompt_token_ids, *output]
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.block_table: list[int] = []
+        self.num_registered_blocks = 0
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.followers: list[Sequence] = []
+        self.next_prompt_logprob = max(1, request.prompt_logprobs_start)
+        self.arrival = request.arrival
+        self.first_scheduled: float | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.steps = 0
+        self.preemptions = 0
+        self._digests: list[bytes] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def generates(self) -> bool:
+        """Whether it samples tokens, or only computes its prompt (Score)."""
+        return self.request.stopping.max_tokens > 0
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """A hit skips positions, so a request that wants something of every position takes none."""
+        return self.request.prompt_top_k is None
+
+    @property
+    def finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def digests(self, block_size: int, num_tokens: int) -> list[bytes]:
+        """The hash chain over the full blocks of the first `num_tokens` tokens."""
+        count = num_tokens // block_size
+        while len(self._digests) < count:
+            start = len(self._digests) * block_size
+            parent = self._digests[-1] if self._digests else root_digest(self.request.cache_salt)
+            self._digests.append(block_digest(parent, self.token_ids[start : start + block_size]))
+        return self._digests[:count]
+
+    def finish_reason_after(self, token_id: int) -> FinishReason | None:
+        """Whether the output ends with the token just appended."""
+        stopping = self.request.stopping
+        if token_id in stopping.stop_token_ids:
+            return FinishReason.STOP
+        if self.num_output_tokens >= stopping.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def timings(self) -> SequenceTimings:
+        """Seconds by phase, as far as it came."""
+        timings = SequenceTimings(steps=self.steps, preemptions=self.preemptions)
+        if self.first_scheduled is not None:
+            timings.queue = self.first_scheduled - self.arrival
+            if self.first_token is not None and self.last_token is not None:
+                timings.prefill = self.first_token - self.first_scheduled
+                timings.decode = self.last_token - self.first_token
+        return timings

@@ -1,0 +1,177 @@
+"""From a configuration to a warm engine: device, weights, cache, sizes, each phase timed."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from salver.model.cache import KVCache
+from salver.model.errors import CheckpointError
+from salver.model.loader import load_model
+from salver.model.numerics import default_dtype, numerics_id, row_multiple
+from salver.model.spec import ModelSpec
+from salver.server.engine.config import EngineConfig
+from salver.server.engine.core import EngineCore, EngineLimits
+from salver.server.engine.request import Ready
+from salver.server.engine.runner import ModelRunner
+from salver.server.engine.status_page import StatusPage
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BLOCK_SIZE = 16
+DEFAULT_NUM_SEQS = {"cpu": 32, "cuda": 256}
+CPU_CACHE_BYTES = 256 << 20  # at least, and enough for one whole context
+STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
+WARM_UP_TOKENS = 128
+
+
+class StartError(Exception):
+    """The engine cannot start, and why, for a person: names the flag, the file or the tensor."""
+
+
+def start_engine(
+    config: EngineConfig, page: StatusPage, phases: list[tuple[str, float]]
+) -> tuple[EngineCore, Ready]:
+    """Loads the checkpoint and makes a core ready to step.
+
+    `phases` holds what the caller has timed so far. Raises StartError.
+    """
+    timer = _PhaseTimer(phases, page)
+    device = _device(config)
+    threads = _threads(config)
+    dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+    try:
+        model = load_model(Path(config.checkpoint), device=device, dtype=dtype, numerics=config.numerics)
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
+    timer.done("load weights")
+    multiple = row_multiple(model) if config.numerics == "exact" else 1
+    timer.done("probe numerics")
+    spec = model.spec
+    max_model_len = _max_model_len(config, spec)
+    block_size = config.block_size or BLOCK_SIZE
+    num_blocks = _num_blocks(config, spec, dtype, device, block_size, max_model_len)
+    try:
+        cache = KVCache(spec, num_blocks, block_size, dtype=dtype, device=device)
+    except (MemoryError, RuntimeError) as error:
+        raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
+    runner = ModelRunner(model, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump)
+    timer.done("allocate cache")
+    max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
+    budget = config.max_num_batched_tokens or _token_budget(runner, max_num_seqs, max_model_len)
+    if budget < max_num_seqs:
+        raise StartError(
+            f"--max-num-batched-tokens ({budget}) must be at least --max-num-seqs ({max_num_seqs}): "
+            "every running sequence computes a token a step"
+        )
+    timer.done("warm up")
+    limits = EngineLimits(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        priority_interval=config.priority_interval,
+        enable_prefix_caching=config.enable_prefix_caching,
+        check_integrity=config.check_integrity,
+    )
+    ready = Ready(
+        device=_device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        torch_version=torch.__version__,
+        numerics_id=numerics_id(
+            model,
+            weights_digest=config.weights_digest,
+            numerics=config.numerics,
+            threads=threads,
+            row_multiple=multiple,
+        ),
+        num_parameters=model.num_parameters(),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        phases=tuple(phases),
+    )
+    return EngineCore(runner, limits, clock=time.monotonic), ready
+
+
+class _PhaseTimer:
+    """Times the parts of the start and gives a sign of life after each."""
+
+    def __init__(self, phases: list[tuple[str, float]], page: StatusPage) -> None:
+        self._phases = phases
+        self._page = page
+        self._begin = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        now = time.perf_counter()
+        self._phases.append((name, now - self._begin))
+        self._begin = now
+        self._page.bump()
+
+
+def _device(config: EngineConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise StartError("--device cuda: torch finds no CUDA device here (--device cpu, or auto)")
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", 0)
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
+
+
+def _threads(config: EngineConfig) -> int:
+    """As many threads as this process may use processors, unless told."""
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    context = spec.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > context:
+        raise StartError(f"--max-model-len {config.max_model_len}: the checkpoint's context is {context}")
+    return config.max_model_len or context
+
+
+def _num_blocks(
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int,
+    max_model_len: int,
+) -> int:
+    """Blocks that fit in the cache's memory, the null block among them."""
+    per_block = KVCache.bytes_per_block(spec, block_size, dtype)
+    whole_context = (-(-max_model_len // block_size) + 1) * per_block
+    if config.kv_cache_memory is not None:
+        memory = config.kv_cache_memory
+    elif device.type == "cuda":
+        memory = int(torch.cuda.mem_get_info(device)[0] * 0.85)
+    else:
+        memory = max(CPU_CACHE_BYTES, whole_context)
+    blocks = memory // per_block
+    if blocks < 2:
+        raise StartError(
+            f"--kv-cache-memory {memory}: two blocks of {block_size} tokens take {2 * per_block} bytes"
+        )
+    return int(blocks)
+
+
+def _token_budget(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> int:
+    """Tokens of a step that takes about STEP_SECONDS at the speed measured here."""
+    length = min(WARM_UP_TOKENS, max_model_len)
+    runner.measure_prefill(length)
+    speed = runner.measure_prefill(length)
+    budget = int(speed * STEP_SECONDS) // 64 * 64
+    return max(128, max_num_seqs, min(budget, 8192))

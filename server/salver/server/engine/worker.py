@@ -1,0 +1,101 @@
+"""The worker process: owns the device. One thread, one loop: inbox, step, send.
+
+Started by the front as `python -m salver.server.engine.worker --socket-fd N --page-fd M`.
+The first message it reads is an `EngineConfig`; it answers `Ready` or `Failed`. It ends
+when the front does, because its socket closes then. Ctrl-C and SIGTERM go to the front,
+which decides; the worker ignores them so that running streams can finish.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import time
+
+from salver.server.engine.channel import Channel, ChannelClosed
+from salver.server.engine.config import EngineConfig
+from salver.server.engine.core import EngineCore
+from salver.server.engine.request import Abort, Failed, Shutdown, Submit
+from salver.server.engine.status_page import StatusPage
+
+IDLE_TICK = 0.1  # seconds between signs of life of an idle worker
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m salver.server.engine.worker", description=__doc__)
+    parser.add_argument("--socket-fd", type=int, required=True)
+    parser.add_argument("--page-fd", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    page = StatusPage.attach(arguments.page_fd)
+    channel = Channel(socket.socket(fileno=arguments.socket_fd))
+    try:
+        return _serve(channel, page)
+    except (ChannelClosed, BrokenPipeError, ConnectionResetError):
+        return 0  # the front is gone, and with it everyone who waits
+
+
+def _serve(channel: Channel, page: StatusPage) -> int:
+    config = _first_message(channel)
+    # Imported here: torch takes a second, and the front's messages can wait in the socket.
+    begin = time.perf_counter()
+    import torch  # noqa: F401
+
+    imported = time.perf_counter() - begin
+    from salver.server.engine.startup import StartError, start_engine
+
+    try:
+        core, ready = start_engine(config, page, phases=[("import torch", imported)])
+    except StartError as error:
+        channel.send(Failed(str(error)))
+        return 1
+    channel.send(ready)
+    _loop(channel, page, core)
+    return 0
+
+
+def _first_message(channel: Channel) -> EngineConfig:
+    while True:
+        for message in channel.poll(timeout=IDLE_TICK):
+            if not isinstance(message, EngineConfig):
+                raise TypeError(f"the first message must be an EngineConfig, not {type(message).__name__}")
+            return message
+
+
+def _loop(channel: Channel, page: StatusPage, core: EngineCore) -> None:
+    while True:
+        for message in channel.poll(timeout=0.0 if core.has_work else IDLE_TICK):
+            match message:
+                case Submit(request):
+                    core.add(request)
+                case Abort(request_id, sample_index):
+                    core.abort(request_id, sample_index)
+                case Shutdown():
+                    return
+                case _:
+                    raise TypeError(f"no such message: {type(message).__name__}")
+        report = core.step()
+        publish(page, core)
+        if report is not None:
+            channel.send(report)
+
+
+def publish(page: StatusPage, core: EngineCore) -> None:
+    """Writes the gauges and counters that the front shows at a scrape, and a sign of life."""
+    scheduler, pool = core.scheduler, core.pool
+    page.num_running = len(scheduler.running)
+    page.num_waiting = scheduler.num_waiting
+    page.kv_blocks_used = pool.num_used
+    page.kv_blocks_total = pool.num_blocks - 1
+    page.preemptions = scheduler.preemptions
+    page.prefix_queries = scheduler.prefix_queries
+    page.prefix_hits = scheduler.prefix_hits
+    page.steps = core.steps
+    page.generated_tokens = core.generated_tokens
+    page.bump()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
