@@ -1,0 +1,30 @@
+"""What the engine's front side raises; the rpc layer maps each to one status code."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of all of them. The message is for a person."""
+
+
+class EngineStartError(EngineError):
+    """The worker did not come up: bad configuration or checkpoint, or it died. Says why."""
+
+
+class EngineUnavailable(EngineError):
+    """The engine takes no requests now (starting, restarting or stopped): UNAVAILABLE.
+
+    `retry_after` is in seconds: when to try again.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestFailed(EngineError):
+    """This request's computation failed: its worker died twice, NaN in its logits: INTERNAL."""
+
+
+class RequestDeadlineExceeded(EngineError):
+    """The request's deadline passed, queued or running: DEADLINE_EXCEEDED."""

@@ -1,0 +1,121 @@
+"""A page of shared memory with the worker's counters, read by the front at no cost to either.
+
+Every field is eight aligned bytes, written by one process (the worker) and read by the
+other; such loads and stores are not torn. Fields are independent: a reader may see one
+from before a step and its neighbour from after it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+
+_FIELDS = (
+    "progress",
+    "updated",
+    "num_running",
+    "num_waiting",
+    "kv_blocks_used",
+    "kv_blocks_total",
+    "preemptions",
+    "prefix_queries",
+    "prefix_hits",
+    "steps",
+    "generated_tokens",
+)
+_GAUGES = ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total")
+_SIZE = mmap.PAGESIZE
+
+
+class _Count:
+    """An unsigned 64-bit field of the page."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._index = _FIELDS.index(name)
+
+    def __get__(self, page: StatusPage, owner: type) -> int:
+        return page._counts[self._index]
+
+    def __set__(self, page: StatusPage, value: int) -> None:
+        page._counts[self._index] = value
+
+
+class _Seconds:
+    """A 64-bit float field of the page."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._index = _FIELDS.index(name)
+
+    def __get__(self, page: StatusPage, owner: type) -> float:
+        return page._seconds[self._index]
+
+    def __set__(self, page: StatusPage, value: float) -> None:
+        page._seconds[self._index] = value
+
+
+class StatusPage:
+    """The page, mapped into this process. The front creates it, the worker attaches to its descriptor.
+
+    One page outlives the workers: a restarted one goes on with the counts it finds
+    (`page.preemptions += 1`), so that they only ever grow.
+    """
+
+    progress = _Count()  # bumped per layer and by idle ticks; standing still means stalled
+    updated = _Seconds()  # monotonic clock at the last bump
+    num_running = _Count()
+    num_waiting = _Count()
+    kv_blocks_used = _Count()
+    kv_blocks_total = _Count()
+    preemptions = _Count()
+    prefix_queries = _Count()  # prompt tokens looked up in the prefix cache
+    prefix_hits = _Count()  # of them, found
+    steps = _Count()
+    generated_tokens = _Count()
+
+    def __init__(self, fd: int) -> None:
+        """Maps `fd` and owns it from now on."""
+        self.fd = fd
+        self._map = mmap.mmap(fd, _SIZE)
+        self._bytes = memoryview(self._map)
+        # Native casts, so that an item is stored by one eight-byte copy.
+        self._counts = self._bytes.cast("Q")
+        self._seconds = self._bytes.cast("d")
+
+    @classmethod
+    def create(cls) -> StatusPage:
+        """A new page, all zeros."""
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("salver-status")
+        else:  # not Linux: an unlinked file does the same
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+        os.ftruncate(fd, _SIZE)
+        return cls(fd)
+
+    @classmethod
+    def attach(cls, fd: int) -> StatusPage:
+        """The page behind an inherited descriptor."""
+        return cls(fd)
+
+    def bump(self) -> None:
+        """Says that the worker is alive. Cheap: called for every layer."""
+        self._counts[0] += 1
+        self._seconds[1] = time.monotonic()
+
+    def clear_gauges(self) -> None:
+        """Zeroes what only a living worker can know; called by the front when its worker died."""
+        for name in _GAUGES:
+            setattr(self, name, 0)
+
+    def close(self) -> None:
+        """Unmaps the page and closes the descriptor. May be called twice."""
+        if self.fd < 0:
+            return
+        self._counts.release()
+        self._seconds.release()
+        self._bytes.release()
+        self._map.close()
+        os.close(self.fd)
+        self.fd = -1
