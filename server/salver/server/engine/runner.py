@@ -65,6 +65,8 @@ class ModelRunner:
 
     def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """float32 [len(rows), vocab] of these rows of hidden [N, hidden_size]."""
+        if not rows:
+            return hidden.new_empty((0, self.model.spec.vocab_size), dtype=torch.float32)
         padded = rows + [0] * (-len(rows) % self.row_multiple)
         index = torch.tensor(padded, dtype=torch.int64, device=self.device)
         return self.model.logits(hidden.index_select(0, index))[: len(rows)]
