@@ -371,3 +371,14 @@ def test_a_crowded_queue_does_not_slow_a_step() -> None:
         return looked
 
     assert steps_with(3000) == steps_with(30)
+
+
+def test_a_leader_that_is_cancelled_leaves_the_lead_to_the_next_sample() -> None:
+    engine, sink = InlineEngine(BookkeepingRunner(), LIMITS, clock=Clock()), Sink()
+    item = request(1, list(range(40)), n=3)
+    engine.submit(item, sink)
+    engine.step()  # a part of the prompt
+    engine.abort(1, 0)
+    engine.run(max_steps=100)
+    assert 0 not in sink.tokens
+    assert [sink.tokens[index] for index in (1, 2)] == [expected(item, 1), expected(item, 2)]
