@@ -1,0 +1,1 @@
+"""Measures Salver through gRPC, beside `transformers.generate`. See docs/benchmarks.md."""
