@@ -259,7 +259,9 @@ def _plan(file: GGUFFile, shape: _Shape) -> list[_Output]:
         for source, target in _LAYER_TENSORS.items():
             name, heads = f"model.layers.{layer}.{target}", permuted.get(source, 0)
             vector = (rows[source],)
-            size = vector if source.endswith("norm") else (rows[source], columns.get(source, hidden))
+            size: tuple[int, ...] = (
+                vector if source.endswith("norm") else (rows[source], columns.get(source, hidden))
+            )
             wanted[f"blk.{layer}.{source}.weight"] = (f"{name}.weight", size, heads, True)
             if not source.endswith("norm"):
                 # One flag of config.json covers q, k, v, o (and one the three of the MLP), so a

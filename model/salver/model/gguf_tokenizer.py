@@ -89,7 +89,7 @@ def read_tokenizer(file: GGUFFile, context_length: int) -> TokenizerFiles:
     if pre is None:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.pre is {pre_name!r}, which is not implemented (implemented: {known})"
+            f"{file.path}: tokenizer.ggml.pre is {pre_name!r}, which is not implemented (those are: {known})"
         )
     tokens: list[str] = _field(file, "tokenizer.ggml.tokens", list)
     vocab = {token: index for index, token in enumerate(tokens)}

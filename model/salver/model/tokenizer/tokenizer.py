@@ -1,0 +1,159 @@
+"""A checkpoint's tokenizer, as its tokenizer.json describes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..errors import CheckpointError
+from .decoding import Decoding, read_decoding
+
+
+class Tokenizer:
+    """Text to ids and back. Nothing is ever truncated, padded or cleaned up.
+
+    vocab_size: one more than the largest token id (the model may have more rows than that).
+    bos_token_id: of tokenizer_config.json, else config.json; eos_token_ids: of the first of
+    generation_config.json, config.json and tokenizer_config.json that names any, as transformers'
+    generate takes them. special_token_ids: the ids that `skip_special_tokens` leaves out.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._decoding: Decoding | None = read_decoding(json.loads(backend.to_str())["decoder"])
+        self._bytes: dict[int, bytes] = {}
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = eos_token_ids
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Tokenizer:
+        """Read tokenizer.json and the ids beside it. Raises CheckpointError, naming the file."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; only tokenizers in that format are implemented")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # what the library raises is a bare Exception
+            raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+        settings = read_json(path / "tokenizer_config.json")
+        config = read_json(path / "config.json")
+        generation = read_json(path / "generation_config.json")
+        bos = _named_id(backend, settings.get("bos_token"))
+        if bos is None:
+            bos = next(iter(_ids(path / "config.json", "bos_token_id", config)), None)
+        eos = _ids(path / "generation_config.json", "eos_token_id", generation) or _ids(
+            path / "config.json", "eos_token_id", config
+        )
+        if not eos:
+            named = _named_id(backend, settings.get("eos_token"))
+            eos = () if named is None else (named,)
+        return cls(backend, bos_token_id=bos, eos_token_ids=eos)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`. Special tokens spelled in it are recognized, as in transformers."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
+        """(id, start, end) of each token of `text`, in code points.
+
+        start equals end for a token that stands for no text; the tokens that share one character
+        each have that whole character.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return [(index, *span) for index, span in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def decode(
+        self, ids: Iterable[int], skip_special_tokens: bool = True, *, continuation: bool = False
+    ) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD; ids of no token are left out.
+
+        With `continuation` the ids carry on an earlier text, so that a SentencePiece tokenizer's
+        leading space stays. Equal to what `tokenizers` decodes, but for byte-fallback runs that are
+        not UTF-8, where that library gives up the whole run and this only what is broken.
+        """
+        from .detokenizer import Detokenizer  # it needs this module
+
+        if self.decoding is None:
+            return self.backend_decode(list(ids), skip_special_tokens)
+        detokenizer = Detokenizer(self, skip_special_tokens, continuation=continuation)
+        return "".join([*map(detokenizer.add, ids), detokenizer.flush()])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for inside a text, b"" for an id of no token.
+
+        Where the decoder defines no bytes (WordPiece ...), the UTF-8 of the token's own spelling.
+        """
+        found = self._bytes.get(token_id)
+        if found is None:
+            token = self.token(token_id)
+            if token is None:
+                found = b""
+            elif self._decoding is None:
+                found = token.encode()
+            else:
+                found = self._decoding.token_bytes(token)
+            self._bytes[token_id] = found
+        return found
+
+    def token(self, token_id: int) -> str | None:
+        """How the vocabulary spells the token; None for an id of no token."""
+        return self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """How tokens become bytes; None where only whole sequences become text."""
+        return self._decoding
+
+    def backend_decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """The text of `ids` as the library decodes them."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, {} where there is no such file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected")
+    return value
+
+
+def token_text(value: object) -> str | None:
+    """A token as tokenizer_config.json writes it: a string, or an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _named_id(backend: tokenizers.Tokenizer, value: object) -> int | None:
+    text = token_text(value)
+    return None if text is None else backend.token_to_id(text)
+
+
+def _ids(file: Path, key: str, config: dict[str, Any]) -> tuple[int, ...]:
+    value = config.get(key)
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
+        raise CheckpointError(f"{file}: {key} is {value!r}, not a token id or a list of them")
+    return tuple(ids)
