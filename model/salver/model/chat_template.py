@@ -66,7 +66,7 @@ class ChatTemplate:
     def from_directory(cls, path: Path) -> ChatTemplate | None:
         """The template in `chat_template.jinja`, else in tokenizer_config.json; None without one.
 
-        Raises CheckpointError for a file that cannot be read, ChatTemplateError for one that does not compile.
+        Raises CheckpointError for a file that cannot be read, ChatTemplateError for one that is broken.
         """
         settings = read_json(path / "tokenizer_config.json")
         special = {**read_json(path / "special_tokens_map.json"), **settings}
@@ -121,9 +121,9 @@ class ChatTemplate:
         except _RunawayError as error:
             raise ChatTemplateError(f"the checkpoint's chat template {error}") from error
         except jinja2.TemplateError as error:
-            raise ChatTemplateError(
-                f"the checkpoint's chat template refused the messages: {error}"
-            ) from error
+            # Exactly that class is what raise_exception raises; the others are faults of the template.
+            verb = "refused the messages" if type(error) is jinja2.TemplateError else "failed"
+            raise ChatTemplateError(f"the checkpoint's chat template {verb}: {error}") from error
         except (
             TypeError,
             ValueError,
@@ -182,7 +182,7 @@ class _Budget:
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox, with every loop counted and no operator that makes much from little."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Refuse the repetitions and powers whose result could be enormous."""
@@ -196,8 +196,6 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                     and len(text) * times > MAX_CHARACTERS
                 ):
                     raise _RunawayError("repeated a text too often")
-        if operator == "%" and isinstance(left, str):
-            raise _RunawayError("used % on a text, which is not allowed; use format()")
         return super().call_binop(context, operator, left, right)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:

@@ -64,7 +64,7 @@ class SentencePieceDecoding:
         return self._bytes(token, " ")
 
     def first_token_bytes(self, token: str) -> bytes:
-        """The bytes of `token` where it begins a text; `strip` is not applied, the text's bytes are needed."""
+        """The bytes of `token` where it begins a text; `strip` is left to who has the whole text."""
         return self._bytes(token, "" if self.drops_first else " ")
 
     def _bytes(self, token: str, space: str) -> bytes:
@@ -77,7 +77,7 @@ Decoding = ByteLevelDecoding | SentencePieceDecoding
 
 
 def read_decoding(decoder: Mapping[str, Any] | None) -> Decoding | None:
-    """The decoding that `decoder` (of a tokenizer.json) describes; None where tokens have no bytes of their own."""
+    """The decoding that `decoder` (of a tokenizer.json) describes; None where tokens have no bytes."""
     if decoder is None:
         return None
     steps = decoder.get("decoders") if decoder.get("type") == "Sequence" else [decoder]

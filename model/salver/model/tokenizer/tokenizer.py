@@ -32,7 +32,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._decoding: Decoding | None = read_decoding(json.loads(backend.to_str())["decoder"])
+        self._decoding: Decoding | None = _read_decoding(backend)
         self._bytes: dict[int, bytes] = {}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_token_id = bos_token_id
@@ -142,6 +142,11 @@ def token_text(value: object) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
+
+
+def _read_decoding(backend: tokenizers.Tokenizer) -> Decoding | None:
+    # The pickle state of a decoder is its JSON; that of the whole tokenizer would take long.
+    return None if backend.decoder is None else read_decoding(json.loads(backend.decoder.__getstate__()))
 
 
 def _named_id(backend: tokenizers.Tokenizer, value: object) -> int | None:
