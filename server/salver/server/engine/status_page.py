@@ -11,6 +11,7 @@ import mmap
 import os
 import tempfile
 import time
+import weakref
 
 _FIELDS = (
     "progress",
@@ -25,6 +26,7 @@ _FIELDS = (
     "steps",
     "generated_tokens",
 )
+_COUNTERS = ("preemptions", "prefix_queries", "prefix_hits", "steps", "generated_tokens")
 _GAUGES = ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total")
 _SIZE = mmap.PAGESIZE
 
@@ -36,7 +38,7 @@ class _Count:
         self._index = _FIELDS.index(name)
 
     def __get__(self, page: StatusPage, owner: type) -> int:
-        return page._counts[self._index]
+        return page._counts[self._index] + page._earlier[self._index]
 
     def __set__(self, page: StatusPage, value: int) -> None:
         page._counts[self._index] = value
@@ -58,8 +60,8 @@ class _Seconds:
 class StatusPage:
     """The page, mapped into this process. The front creates it, the worker attaches to its descriptor.
 
-    One page outlives the workers: a restarted one goes on with the counts it finds
-    (`page.preemptions += 1`), so that they only ever grow.
+    One page outlives the workers. A worker writes its own counts from zero; `retire_worker`
+    lets the front add those of its predecessors, so that counters only ever grow.
     """
 
     progress = _Count()  # bumped per layer and by idle ticks; standing still means stalled
@@ -77,11 +79,13 @@ class StatusPage:
     def __init__(self, fd: int) -> None:
         """Maps `fd` and owns it from now on."""
         self.fd = fd
+        self._close_fd = weakref.finalize(self, os.close, fd)
         self._map = mmap.mmap(fd, _SIZE)
         self._bytes = memoryview(self._map)
         # Native casts, so that an item is stored by one eight-byte copy.
         self._counts = self._bytes.cast("Q")
         self._seconds = self._bytes.cast("d")
+        self._earlier = [0] * len(_FIELDS)  # this process's own: counts of workers that ended
 
     @classmethod
     def create(cls) -> StatusPage:
@@ -104,18 +108,21 @@ class StatusPage:
         self._counts[0] += 1
         self._seconds[1] = time.monotonic()
 
-    def clear_gauges(self) -> None:
-        """Zeroes what only a living worker can know; called by the front when its worker died."""
+    def retire_worker(self) -> None:
+        """Called by the front when its worker has ended: keeps its counts, zeroes its gauges."""
+        for name in _COUNTERS:
+            index = _FIELDS.index(name)
+            self._earlier[index] += self._counts[index]
+            self._counts[index] = 0
         for name in _GAUGES:
-            setattr(self, name, 0)
+            self._counts[_FIELDS.index(name)] = 0
 
     def close(self) -> None:
         """Unmaps the page and closes the descriptor. May be called twice."""
-        if self.fd < 0:
+        if not self._close_fd.alive:
             return
         self._counts.release()
         self._seconds.release()
         self._bytes.release()
         self._map.close()
-        os.close(self.fd)
-        self.fd = -1
+        self._close_fd()
