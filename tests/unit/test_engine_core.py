@@ -198,7 +198,7 @@ def test_every_answer_is_a_function_of_its_request(arrivals, num_blocks, budget,
             assert sink.finish[index].finish_reason is reason
         if request_id not in aborted:
             assert sink.starts == 1
-            if item.prompt_top_k is not None and len(item.sample_indices) == 1:
+            if item.prompt_top_k is not None:
                 assert sink.prompt_logprobs == list(item.prompt_token_ids[1:])
 
 

@@ -294,6 +294,7 @@ class Scheduler:
         for follower in followers:
             if follower.finished:
                 continue
+            follower.next_prompt_logprob = leader.num_prompt_tokens  # the leader has told them
             missing = self.pool.blocks_for(follower.num_tokens) - len(shared)
             if len(self.running) >= self.max_num_seqs or self.pool.num_free - missing < len(self.running):
                 self._wait(follower)

@@ -92,8 +92,8 @@ class Sequence:
 
     @property
     def reads_prefix_cache(self) -> bool:
-        """A hit skips positions, so a request that wants something of every position takes none."""
-        return self.request.prompt_top_k is None
+        """A hit skips positions, so a prompt whose log-probabilities are still to be told takes none."""
+        return self.request.prompt_top_k is None or self.next_prompt_logprob >= self.num_prompt_tokens
 
     @property
     def finished(self) -> bool:
