@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from salver.v1 import common_pb2, generation_pb2
 
@@ -93,3 +97,44 @@ class Collected:
     @property
     def last(self) -> Any:
         return self.messages[-1]
+
+
+@dataclass
+class Failure:
+    """A call's error as a client of any language sees it."""
+
+    code: grpc.StatusCode
+    message: str
+    fields: list[str]  # of BadRequest's violations
+    reason: str  # of ErrorInfo
+    retry_after: float | None  # of RetryInfo, seconds
+    pushback_ms: str | None  # the trailer that gRPC's own retries read
+
+
+def failure_of(call: Callable[[], Any]) -> Failure:
+    """Make `call`, which must fail; its status with the details unpacked."""
+    try:
+        reply = call()
+    except grpc.RpcError as error:
+        return read_failure(error)
+    raise AssertionError(f"no error, but {reply}")
+
+
+def read_failure(error: Any) -> Failure:
+    trailers = dict(error.trailing_metadata() or ())
+    failure = Failure(
+        error.code(), error.details() or "", [], "", None, trailers.get("grpc-retry-pushback-ms")
+    )
+    status = status_pb2.Status.FromString(trailers.get("grpc-status-details-bin", b""))
+    if status.code:
+        assert status.code == error.code().value[0], "the details name another code than the status"
+    for detail in status.details:
+        bad, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
+        retry = error_details_pb2.RetryInfo()
+        if detail.Unpack(bad):
+            failure.fields += [violation.field for violation in bad.field_violations]
+        elif detail.Unpack(info):
+            failure.reason = info.reason
+        elif detail.Unpack(retry):
+            failure.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+    return failure

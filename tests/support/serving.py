@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from support import calls
 
-from salver.v1 import generation_pb2_grpc, model_pb2_grpc, tokenization_pb2_grpc
+from salver.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc, tokenization_pb2_grpc
 
 SALVER = str(Path(sys.executable).with_name("salver"))
 START_TIMEOUT = 120.0
@@ -160,6 +160,9 @@ class Server:
 
     def stream(self, prompt: calls.Prompt, **fields: Any) -> Any:
         return self.generation.StreamGenerate(calls.stream_request(prompt, **fields), timeout=calls.TIMEOUT)
+
+    def server_info(self) -> Any:
+        return self.models.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=10)
 
     def health_of(self, service: str = "") -> int:
         status: int = self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status

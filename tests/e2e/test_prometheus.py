@@ -1,0 +1,104 @@
+"""A real Prometheus scrapes the server, and promtool finds nothing to say about the exposition."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.serving import Server, total, wait_until
+
+EXPECTED = (
+    *("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio", "build_info"),
+    *("time_to_first_token_seconds_count", "inter_token_latency_seconds_count"),
+    *("e2e_request_latency_seconds_count", "request_queue_time_seconds_count"),
+    *("request_prefill_time_seconds_count", "request_decode_time_seconds_count"),
+    *("prompt_tokens_total", "generation_tokens_total", "batch_tokens_count", "step_duration_seconds_count"),
+    *("preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total"),
+    *("rejections_total", "request_success_total"),
+)
+
+
+@pytest.mark.tool("promtool")
+def test_promtool_is_content(tiny: Server, tool: str) -> None:
+    tiny.tokens("warm", max_tokens=2)
+    done = subprocess.run(
+        [tool, "check", "metrics"], input=tiny.exposition(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_every_series_is_there_before_the_first_request(
+    start_server: Callable[..., Server], tiny_llama: Path
+) -> None:
+    """Rates and alerts want a zero, not an absence."""
+    fresh = start_server(tiny_llama).metrics()
+    names = {name for name, _ in fresh}
+    assert {f"salver_{name}" for name in EXPECTED} <= names
+    for reason in ("stop", "length", "abort"):
+        assert total(fresh, "salver_request_success_total", finish_reason=reason) == 0
+
+
+@pytest.mark.tool("prometheus")
+def test_prometheus_scrapes_the_server(tiny: Server, tool: str, tmp_path: Path) -> None:
+    for i in range(3):
+        tiny.tokens(f"prompt {i}", max_tokens=4, ignore_eos=True)
+    tiny.wait_idle()
+    truth = tiny.metric("salver_generation_tokens_total")
+    target = urllib.parse.urlsplit(tiny.metrics_url)
+    config = {
+        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+        "scrape_configs": [
+            {
+                "job_name": "salver",
+                "metrics_path": target.path,
+                "static_configs": [{"targets": [target.netloc]}],
+            }
+        ],
+    }
+    (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (tmp_path / "log").open("wb") as log:
+        prometheus = subprocess.Popen(
+            [
+                tool,
+                f"--config.file={tmp_path}/prometheus.yml",
+                f"--storage.tsdb.path={tmp_path}/tsdb",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+
+        def query(expression: str) -> list[Any]:
+            assert prometheus.poll() is None, (tmp_path / "log").read_text()
+            url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+            try:
+                with urllib.request.urlopen(url, timeout=5) as reply:
+                    result: list[Any] = json.load(reply)["data"]["result"]
+                    return result
+            except (urllib.error.URLError, ConnectionError):  # not up yet
+                return []
+
+        wait_until("a successful scrape", lambda: [r for r in query("up") if r["value"][1] == "1"], 60)
+        (series,) = wait_until("our counter", lambda: query("salver_generation_tokens_total"))
+        assert float(series["value"][1]) == truth
+        for name in EXPECTED:
+            assert query(f"salver_{name}"), f"Prometheus has no salver_{name}"
+        quantile = query("histogram_quantile(0.5, sum by (le) (salver_time_to_first_token_seconds_bucket))")
+        assert 0 < float(quantile[0]["value"][1]) < 60
+    finally:
+        prometheus.terminate()
+        prometheus.wait(20)
