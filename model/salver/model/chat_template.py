@@ -32,7 +32,6 @@ _CONTINUE_TAG = (
     "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own; its last space tells whether text is trimmed
 )
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_RESERVED = frozenset({"messages", "add_generation_prompt", _TICK})
 
 
 class ChatTemplateError(Exception):
@@ -103,9 +102,6 @@ class ChatTemplate:
         """
         if not messages:
             raise ChatTemplateError("a conversation needs at least one message")
-        for name in kwargs:
-            if name in _RESERVED:
-                raise ChatTemplateError(f"the template variable {name!r} cannot be set")
         conversation = [dict(message) for message in messages]
         if continue_final_message:
             add_generation_prompt = False
