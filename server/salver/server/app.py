@@ -1,0 +1,311 @@
+"""One server from its start to its end.
+
+The port opens first and says NOT_SERVING; then the checkpoint is found, the worker and the
+tokenizer load side by side, and health turns to SERVING. A signal drains; a second one ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import start_http_server
+
+from salver.model.chat_template import ChatTemplate, ChatTemplateError
+from salver.model.checkpoint import resolve_checkpoint, weights_digest
+from salver.model.config_reader import read_spec
+from salver.model.errors import CheckpointError
+from salver.model.spec import ModelSpec
+from salver.model.tokenizer import Tokenizer
+from salver.server.admission import Admission
+from salver.server.catalog import CATALOG, CatalogError, fetch
+from salver.server.config import ServerConfig
+from salver.server.engine.errors import EngineStartError
+from salver.server.engine.process import EngineProcess, EngineState
+from salver.server.engine.request import Ready
+from salver.server.log import log_event
+from salver.server.metrics import Metrics
+from salver.server.rpc.models import version
+from salver.server.rpc.served import Front, RequestLimits, ServedModel
+from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_methods
+
+_log = logging.getLogger("salver.server")
+_T = TypeVar("_T")
+
+
+class StartError(Exception):
+    """The server cannot start; the message is for a person and names what to change."""
+
+
+class _Ended(Exception):
+    """A signal came while the model was still loading."""
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _process_age() -> float:
+    """Seconds since this process was started, where the system tells; else since this module's import."""
+    try:
+        start_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return boot - start_ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.monotonic() - _IMPORTED
+
+
+_IMPORTED = time.monotonic()
+
+
+@dataclass(slots=True)
+class StartupPhases:
+    """How long each part of the start took; printed as they end, and told by GetServerInfo."""
+
+    done: list[tuple[str, float]] = field(default_factory=list)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.done.append((name, seconds))
+        _say(f"  {name:<28}{seconds:8.3f} s")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.add(name, time.monotonic() - start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What is read of the checkpoint by the front."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+
+
+def served_name(config: ServerConfig) -> str:
+    """--served-name, or the catalog name, or the last component of the path (without `.gguf`)."""
+    if config.served_name is not None:
+        return config.served_name
+    if config.model in CATALOG:
+        return config.model
+    path = Path(config.model).absolute()
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
+
+
+def find_checkpoint(config: ServerConfig) -> tuple[Path, str]:
+    """The checkpoint's directory and the digest of its weights. Raises StartError."""
+    cache = config.resolved_cache_dir
+    source = config.model
+    try:
+        if source in CATALOG and not Path(source).exists():
+            source = str(fetch(source, cache, config.offline, _say))
+        elif not Path(source).exists():
+            raise StartError(
+                f"MODEL {source!r} is neither a catalog name ({', '.join(sorted(CATALOG))}) nor a checkpoint "
+                "directory nor a .gguf file"
+            )
+        checkpoint = resolve_checkpoint(source, cache, config.dtype, _say)
+        return checkpoint, weights_digest(checkpoint, cache)
+    except (CatalogError, CheckpointError) as error:
+        raise StartError(str(error)) from error
+
+
+def load_front(checkpoint: Path) -> _Loaded:
+    """What the front needs of the checkpoint, torch-free. Raises StartError."""
+    try:
+        return _Loaded(
+            read_spec(checkpoint),
+            Tokenizer.from_directory(checkpoint),
+            ChatTemplate.from_directory(checkpoint),
+        )
+    except (CheckpointError, ChatTemplateError) as error:
+        raise StartError(str(error)) from error
+
+
+class Application:
+    """The parts of one server. `run()` once, on the loop that it was made on."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.name = served_name(config)
+        self.phases = StartupPhases()
+        self.metrics = Metrics(
+            self.name,
+            methods=all_methods(),
+            codes=STATUS_CODES,
+            build={"version": version(), "device": config.device, "dtype": config.dtype},
+        )
+        self.front = Front(self.metrics.rejected)
+        self.admission = Admission(
+            config.max_queued_requests, config.max_queued_tokens, self.metrics.rejected
+        )
+        self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
+        self.engine: EngineProcess | None = None
+        self._signalled = asyncio.Event()
+        self._signal = signal.SIGTERM
+
+    async def run(self) -> int:
+        """Serves until a signal. The exit status. Raises StartError."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        _say(f"salver {version()}")
+        metrics_server: WSGIServer | None = None
+        try:
+            self.address = await self._open()
+            _say(f"listening on {self.address}")
+            metrics_server = self._open_metrics()
+            try:
+                await self._unless_signalled(self._load())
+            except _Ended:
+                _log.info("ended while loading")
+                return 0
+            _say(f"serving {self.name} on {self.address}")
+            await self._signalled.wait()
+            _say(f"draining: running calls have {self.config.drain_period:g} s; a second signal ends at once")
+            await self.rpc.drain()
+            return 0
+        finally:
+            await self._close(metrics_server)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if not self._signalled.is_set():
+            self._signal = number
+            self._signalled.set()
+            return
+        # The worker ends by itself when its socket closes.
+        _say("ended by a second signal")
+        os._exit(128 + number)
+
+    async def _open(self) -> str:
+        try:
+            return await self.rpc.open()
+        except PortInUse as error:
+            raise StartError(str(error)) from error
+
+    def _open_metrics(self) -> WSGIServer | None:
+        port, host = self.config.metrics_port, self.config.resolved_metrics_host
+        if port is None:
+            return None
+        try:
+            server, _ = start_http_server(port, host, self.metrics.registry)
+        except OSError as error:
+            reason = error.strerror or error
+            raise StartError(f"--metrics-port {port}: cannot listen on {host}:{port}: {reason}") from error
+        shown = f"[{host}]" if ":" in host else host
+        _say(f"metrics on http://{shown}:{server.server_port}/metrics")
+        return server
+
+    async def _unless_signalled(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """The result of `work`, which is cancelled (and _Ended raised) when a signal comes first."""
+        task = asyncio.ensure_future(work)
+        signalled = asyncio.ensure_future(self._signalled.wait())
+        try:
+            await asyncio.wait((task, signalled), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise _Ended
+        finally:
+            signalled.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _load(self) -> None:
+        phases = self.phases
+        phases.add("start the front", _process_age())
+        with phases.phase("find the checkpoint"):
+            checkpoint, digest = await asyncio.to_thread(find_checkpoint, self.config)
+        started = time.monotonic()
+        self.engine = EngineProcess(
+            self.config.engine_config(checkpoint, digest),
+            on_step=self.metrics.step,
+            on_state=self._on_engine_state,
+        )
+        self.metrics.worker.worker = self.engine
+        starting = asyncio.create_task(self.engine.start())
+        try:
+            loaded = await asyncio.to_thread(load_front, checkpoint)
+            front_seconds = time.monotonic() - started
+            ready = await starting
+        except EngineStartError as error:
+            raise StartError(str(error)) from error
+        finally:
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+        phases.add("load the tokenizer (beside)", front_seconds)
+        until_torch = 0.0
+        seconds_so_far = 0.0
+        for name, seconds in ready.phases:
+            phases.add(name, seconds)
+            seconds_so_far += seconds
+            if "torch" in name:
+                until_torch = seconds_so_far
+        model = self._served_model(loaded, ready, digest)
+        self.admission.places = ready.max_num_seqs
+        self.front.serve(model, self.engine)
+        self.rpc.health.set_ready(True)
+        phases.add("since torch was imported", time.monotonic() - started - until_torch)
+        phases.add("since the process started", _process_age())
+        self._describe(ready, model.limits)
+
+    def _describe(self, ready: Ready, limits: RequestLimits) -> None:
+        log_event(
+            _log, logging.INFO, "ready", model=self.name, device=ready.device, dtype=ready.dtype,
+            numerics_id=ready.numerics_id, parameters=ready.num_parameters, max_model_len=ready.max_model_len,
+            max_num_seqs=ready.max_num_seqs, max_num_batched_tokens=ready.max_num_batched_tokens,
+            kv_cache_tokens=limits.cache_tokens,
+        )  # fmt: skip
+
+    def _served_model(self, loaded: _Loaded, ready: Ready, digest: str) -> ServedModel:
+        config = self.config
+        return ServedModel(
+            name=self.name,
+            architecture=loaded.spec.architecture,
+            tokenizer=loaded.tokenizer,
+            chat_template=loaded.chat_template,
+            ready=ready,
+            weights_digest=digest,
+            limits=RequestLimits(
+                max_model_len=ready.max_model_len,
+                # Block 0 is the null block of padding rows.
+                cache_tokens=(ready.num_blocks - 1) * ready.block_size,
+                vocab_size=loaded.spec.vocab_size,
+                max_num_seqs=ready.max_num_seqs,
+                max_num_batched_tokens=ready.max_num_batched_tokens,
+                max_samples=min(config.max_samples, ready.max_num_seqs),
+                max_queued_requests=config.max_queued_requests,
+                max_queued_tokens=config.max_queued_tokens,
+                max_message_bytes=config.max_message_size,
+            ),
+        )
+
+    def _on_engine_state(self, state: EngineState) -> None:
+        self.rpc.health.set_engine_state(state)
+        level = logging.INFO if state in (EngineState.SERVING, EngineState.STOPPED) else logging.WARNING
+        log_event(_log, level, "engine state", state=state.value)
+
+    async def _close(self, metrics_server: WSGIServer | None) -> None:
+        if self.engine is not None:
+            await self.engine.stop()
+        await self.rpc.close()
+        if metrics_server is not None:
+            await asyncio.to_thread(metrics_server.shutdown)
+            metrics_server.server_close()
+
+
+async def run(config: ServerConfig) -> int:
+    """Serves as `config` says until a signal ends it. The exit status. Raises StartError."""
+    return await Application(config).run()

@@ -1,0 +1,299 @@
+"""What `salver serve` can be told: one table of flags, environment variables, help and defaults.
+
+Every field of `ServerConfig` is a flag (`max_model_len` is `--max-model-len`) and an
+environment variable (`SALVER_MAX_MODEL_LEN`); the flag wins. A bad value ends the
+start with exit code 2 and a message that names the flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import configargparse
+
+from salver.server.engine.config import EngineConfig
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise configargparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum or (maximum is not None and value > maximum):
+            bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+            raise configargparse.ArgumentTypeError(f"{value} must be {bounds}")
+        return value
+
+    return parse
+
+
+_SIZE_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: factor**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, factor in (("iB", 1024), ("i", 1024), ("B", 1000), ("", 1000))
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512MiB`, `1.5GiB`, `2GB` (thousands) or a bare number of bytes; above 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match and next((u for u in _SIZE_UNITS if u.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise configargparse.ArgumentTypeError(f"{text!r} is not a size; write for example 512MiB or 2GiB")
+    size = int(float(match[1]) * _SIZE_UNITS[unit])
+    if size < 1:
+        raise configargparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return size
+
+
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `30`, `30s`, `500ms`, `5m` or `1h`; at least 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|)\s*", text)
+    if match is None:
+        raise configargparse.ArgumentTypeError(f"{text!r} is not a duration; write for example 30s or 5m")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _message_size(text: str) -> int:
+    size = parse_size(text)
+    if size > 2**31 - 1:
+        raise configargparse.ArgumentTypeError(f"{text!r} must be below 2GiB")
+    return size
+
+
+def _metrics_port(text: str) -> int | None:
+    if text.strip().lower() == "off" or re.fullmatch(r"-\d+", text.strip()):
+        return None
+    return _integer(0, 65535)(text)
+
+
+def _name(text: str) -> str:
+    if not text.strip() or len(text) > 256 or not text.isprintable():
+        raise configargparse.ArgumentTypeError("must be 1 to 256 printable characters")
+    return text
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/salver`, or `~/.cache/salver`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "salver"
+
+
+def _flag(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    parse: Callable[[str], Any] = str,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    shown: str | None = None,
+    negated: bool = False,
+) -> Any:
+    """A row of the table. `shown` is the default as the help says it; `negated` makes it `--no-...`."""
+    row = {
+        "group": group, "help": text, "parse": parse, "metavar": metavar,
+        "choices": choices, "shown": shown, "negated": negated,
+    }  # fmt: skip
+    if default is dataclasses.MISSING:
+        return field(metadata=row)
+    return field(default=default, metadata=row)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Everything the server was told. Sizes in bytes, times in seconds; None: the server chooses."""
+
+    model: str = _flag(
+        dataclasses.MISSING, "Model", "a catalog name (smollm2), a checkpoint directory, or a .gguf file"
+    )
+    served_name: str | None = _flag(
+        None, "Model", "the name that requests use", parse=_name, metavar="NAME",
+        shown="the catalog name, or the last component of the path",
+    )  # fmt: skip
+    cache_dir: Path | None = _flag(  # noqa: RUF009 - it makes a field, which is immutable
+        None, "Model", "where downloaded and converted checkpoints are kept", parse=Path, metavar="DIR",
+        shown="$XDG_CACHE_HOME/salver or ~/.cache/salver",
+    )  # fmt: skip
+    offline: bool = _flag(False, "Model", "download nothing; fail when the model is not in the cache")
+
+    host: str = _flag("127.0.0.1", "Network", "address to listen on; 0.0.0.0 or :: for all")
+    port: int = _flag(50051, "Network", "gRPC port; 0 takes a free one", parse=_integer(0, 65535))
+    metrics_host: str | None = _flag(
+        None, "Network", "address of the metrics endpoint", metavar="HOST", shown="as --host"
+    )
+    metrics_port: int | None = _flag(
+        9090, "Network", "HTTP port of /metrics; 0 takes a free one, 'off' serves none",
+        parse=_metrics_port, metavar="PORT",
+    )  # fmt: skip
+    max_message_size: int = _flag(
+        16 * 1024**2, "Network", "largest gRPC message, in either direction",
+        parse=_message_size, metavar="SIZE", shown="16MiB",
+    )  # fmt: skip
+    max_connection_age: float = _flag(
+        1800.0, "Network", "ask clients to reconnect after this long, so that load balancers can move them; "
+        "running calls go on; 0 never asks", parse=parse_duration, metavar="TIME", shown="30m",
+    )  # fmt: skip
+
+    device: str = _flag("auto", "Compute", "where the model runs", choices=("auto", "cpu", "cuda"))
+    dtype: str = _flag(
+        "auto", "Compute", "type of weights and cache", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    numerics: str = _flag(
+        "exact", "Compute", "exact: an answer does not depend on what else is in the batch; fast: it may",
+        choices=("exact", "fast"),
+    )  # fmt: skip
+    threads: int | None = _flag(
+        None, "Compute", "CPU threads of the model", parse=_integer(1, 4096), metavar="N",
+        shown="one per core",
+    )  # fmt: skip
+
+    max_model_len: int | None = _flag(
+        None, "Batching", "longest prompt and output together", parse=_integer(2), metavar="TOKENS",
+        shown="the checkpoint's context",
+    )  # fmt: skip
+    max_num_seqs: int | None = _flag(
+        None, "Batching", "sequences computed at once", parse=_integer(1), metavar="N",
+        shown="chosen for the device",
+    )  # fmt: skip
+    max_num_batched_tokens: int | None = _flag(
+        None, "Batching", "tokens computed in one step", parse=_integer(1), metavar="TOKENS",
+        shown="chosen for the device",
+    )  # fmt: skip
+    kv_cache_memory: int | None = _flag(
+        None, "Batching", "memory of the key-value cache", parse=parse_size, metavar="SIZE",
+        shown="chosen for the device",
+    )  # fmt: skip
+    prefix_caching: bool = _flag(True, "Batching", "do not reuse the computed prefixes of earlier requests",
+                                 negated=True)  # fmt: skip
+
+    max_samples: int = _flag(
+        16,
+        "Limits",
+        "largest n of a request (never more than --max-num-seqs)",
+        parse=_integer(1),
+        metavar="N",
+    )
+    max_queued_requests: int = _flag(
+        1024, "Limits", "requests that may wait; beyond: RESOURCE_EXHAUSTED", parse=_integer(1), metavar="N"
+    )
+    max_queued_tokens: int = _flag(
+        262144, "Limits", "prompt tokens that may wait; beyond: RESOURCE_EXHAUSTED", parse=_integer(1),
+        metavar="TOKENS",
+    )  # fmt: skip
+    drain_period: float = _flag(
+        30.0, "Limits", "how long running calls may go on after SIGTERM", parse=parse_duration,
+        metavar="TIME", shown="30s",
+    )  # fmt: skip
+
+    check_integrity: bool = _flag(
+        False, "Diagnosis", "check the cache's books after every step (slow; for tests and bug hunts)"
+    )
+    log_level: str = _flag("info", "Diagnosis", "least serious message that is logged", choices=LOG_LEVELS)
+
+    @property
+    def resolved_cache_dir(self) -> Path:
+        return default_cache_dir() if self.cache_dir is None else self.cache_dir.expanduser()
+
+    @property
+    def resolved_metrics_host(self) -> str:
+        return self.host if self.metrics_host is None else self.metrics_host
+
+    def engine_config(self, checkpoint: Path, weights_digest: str) -> EngineConfig:
+        """What of it the worker needs."""
+        return EngineConfig(
+            checkpoint=str(checkpoint),
+            device=self.device,
+            dtype=self.dtype,
+            numerics=self.numerics,
+            threads=self.threads,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            kv_cache_memory=self.kv_cache_memory,
+            enable_prefix_caching=self.prefix_caching,
+            weights_digest=weights_digest,
+            check_integrity=self.check_integrity,
+        )
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field of ServerConfig: `max_model_len` is `--max-model-len`."""
+    row = next(f.metadata for f in dataclasses.fields(ServerConfig) if f.name == name)
+    if name == "model":
+        return "MODEL"
+    return ("--no-" if row["negated"] else "--") + name.replace("_", "-")
+
+
+def environment_variable_of(name: str) -> str:
+    """The environment variable of a field: `max_model_len` is `SALVER_MAX_MODEL_LEN`."""
+    return "SALVER_" + (name if name == "model" else flag_of(name)[2:].replace("-", "_")).upper()
+
+
+def _parser() -> configargparse.ArgumentParser:
+    parser = configargparse.ArgumentParser(
+        prog="salver serve",
+        description="Serve a model over gRPC.",
+        epilog="Every flag can be set by the environment variable in brackets; the flag wins.",
+        add_env_var_help=False,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for row in dataclasses.fields(ServerConfig):
+        spec = row.metadata
+        group = groups.get(spec["group"]) or groups.setdefault(
+            spec["group"], parser.add_argument_group(spec["group"])
+        )
+        variable = environment_variable_of(row.name)
+        if row.name == "model":
+            # Not required of argparse: the environment may name it (see parse_config).
+            group.add_argument("model", metavar="MODEL", nargs="?", help=f"{spec['help']} [{variable}]")
+            continue
+        options: dict[str, Any] = {"dest": row.name, "env_var": variable, "default": row.default}
+        if isinstance(row.default, bool):
+            options["action"] = "store_false" if spec["negated"] else "store_true"
+            text = f"{spec['help']} [{variable}]"
+        else:
+            default = spec["shown"] if spec["shown"] is not None else row.default
+            text = f"{spec['help']} (default: {default}) [{variable}]"
+            options["type"] = spec["parse"]
+            options["choices"] = spec["choices"]
+            options["metavar"] = spec["metavar"] or (None if spec["choices"] else row.name.upper())
+        group.add_argument(flag_of(row.name), help=text.replace("%", "%%"), **options)
+    return parser
+
+
+def parse_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerConfig:
+    """The configuration of a command line. Raises SystemExit (2, or 0 after --help)."""
+    environ = os.environ if environ is None else environ
+    parser = _parser()
+    # An empty variable is an unset one: manifests and compose files often pass them so. Kubernetes
+    # sets SALVER_PORT=tcp://... in every pod beside a Service called salver: not ours either.
+    present = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith("SALVER_") and value and not (name == "SALVER_PORT" and "://" in value)
+    }
+    values = vars(parser.parse_args(list(argv), env_vars=present))
+    values["model"] = values["model"] or present.get("SALVER_MODEL")
+    if not values["model"]:
+        parser.error(
+            "MODEL is missing: name a catalog model (smollm2), a checkpoint directory or a .gguf file"
+        )
+    config = ServerConfig(**values)
+    same_host = config.resolved_metrics_host == config.host
+    if config.port and config.metrics_port == config.port and same_host:
+        parser.error(f"argument --metrics-port: {config.port} is the gRPC port (--port) already")
+    return config

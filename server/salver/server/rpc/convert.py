@@ -1,0 +1,83 @@
+"""The engine's results as messages of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from google.protobuf.duration_pb2 import Duration
+
+from salver.model.tokenizer import Tokenizer
+from salver.server.engine.outputs import CompletionDelta, StopMatch
+from salver.server.engine.request import FinishReason, Logprobs, SequenceTimings
+from salver.v1 import common_pb2
+
+_FINISH_REASONS = {
+    None: common_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: common_pb2.FINISH_REASON_ABORT,
+}
+
+
+def duration(seconds: float) -> Duration:
+    result = Duration()
+    result.FromNanoseconds(round(seconds * 1e9))
+    return result
+
+
+def token_logprob(logprobs: Logprobs, tokenizer: Tokenizer) -> common_pb2.TokenLogprob:
+    return common_pb2.TokenLogprob(
+        token_id=logprobs.token_id,
+        token=tokenizer.token_bytes(logprobs.token_id),
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top=[
+            common_pb2.Candidate(token_id=token_id, token=tokenizer.token_bytes(token_id), logprob=value)
+            for token_id, value in logprobs.top
+        ],
+    )
+
+
+def prompt_logprobs(
+    token_ids: Sequence[int], logprobs: Iterable[Logprobs], tokenizer: Tokenizer
+) -> list[common_pb2.TokenLogprob]:
+    """One for every token; `logprobs` are those of its last tokens, the ones before have none."""
+    known = [token_logprob(item, tokenizer) for item in logprobs]
+    unknown = token_ids[: len(token_ids) - len(known)]
+    return [
+        common_pb2.TokenLogprob(token_id=token_id, token=tokenizer.token_bytes(token_id))
+        for token_id in unknown
+    ] + known
+
+
+def stop_match(match: StopMatch) -> common_pb2.StopMatch:
+    if match.text is not None:
+        return common_pb2.StopMatch(text=match.text)
+    if match.token_id is not None and not match.eos:
+        return common_pb2.StopMatch(token_id=match.token_id)
+    return common_pb2.StopMatch(eos=True)
+
+
+def completion(delta: CompletionDelta, tokenizer: Tokenizer) -> common_pb2.Completion:
+    return common_pb2.Completion(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[token_logprob(item, tokenizer) for item in delta.logprobs],
+        finish_reason=_FINISH_REASONS[delta.finish_reason],
+        stop_match=None if delta.stop_match is None else stop_match(delta.stop_match),
+        text_offset=delta.text_offset,
+        token_offset=delta.token_offset,
+    )
+
+
+def timings(of_engine: SequenceTimings, total: float) -> common_pb2.Timings:
+    """`total` is from arrival to reply, in seconds."""
+    return common_pb2.Timings(
+        queue=duration(of_engine.queue),
+        prefill=duration(of_engine.prefill),
+        decode=duration(of_engine.decode),
+        total=duration(total),
+        steps=of_engine.steps,
+        preemptions=of_engine.preemptions,
+    )

@@ -1,0 +1,125 @@
+"""What is served, once it is there, and whether calls may come in."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from salver.model.chat_template import ChatTemplate
+from salver.model.tokenizer import Tokenizer
+from salver.server.engine.errors import EngineUnavailable
+from salver.server.engine.process import OutputSink
+from salver.server.engine.request import EngineRequest, Ready
+from salver.server.rpc.errors import RETRY_DRAINING, draining, loading
+
+
+class Engine(Protocol):
+    """What the services ask of the engine (EngineProcess, or a fake of it in tests)."""
+
+    @property
+    def restarts(self) -> int: ...
+    def submit(self, request: EngineRequest, sink: OutputSink) -> None: ...
+    def abort(self, request_id: int, sample_index: int | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """The bounds that requests must keep; the same for the life of the server. Sizes in tokens and bytes."""
+
+    max_model_len: int
+    cache_tokens: int
+    vocab_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_samples: int
+    max_queued_requests: int
+    max_queued_tokens: int
+    max_message_bytes: int
+    max_top_logprobs: int = 20
+    max_stop_strings: int = 16
+    max_stop_characters: int = 256
+    max_stop_token_ids: int = 1024
+    max_logit_bias: int = 4096
+
+    @property
+    def capacity(self) -> int:
+        """Longest prompt and output together: bounded by the context, and by what the cache can hold."""
+        return min(self.max_model_len, self.cache_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The one checkpoint of this server, as the front knows it."""
+
+    name: str
+    architecture: str
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    ready: Ready
+    weights_digest: str
+    limits: RequestLimits
+
+
+class FrontState(enum.Enum):
+    """Where the front is between its start and its end."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+class Front:
+    """State shared by all services: the model once it is loaded, and whether calls may come in."""
+
+    def __init__(self, rejected: Callable[[str], None] = lambda reason: None) -> None:
+        self.state = FrontState.LOADING
+        self._model: ServedModel | None = None
+        self._engine: Engine | None = None
+        self._rejected = rejected
+        self._running: set[OutputSink] = set()
+
+    @contextmanager
+    def running(self, sink: OutputSink) -> Iterator[None]:
+        """While inside, `sink` is failed when the drain period is over."""
+        self._running.add(sink)
+        try:
+            yield
+        finally:
+            self._running.discard(sink)
+
+    def end_running(self) -> None:
+        """The drain period is over: what still runs ends with UNAVAILABLE."""
+        for sink in list(self._running):
+            sink.fail(EngineUnavailable("the server is shutting down", RETRY_DRAINING))
+
+    def serve(self, model: ServedModel, engine: Engine) -> None:
+        """Calls may come in from now on."""
+        self._model, self._engine = model, engine
+        if self.state is FrontState.LOADING:
+            self.state = FrontState.SERVING
+
+    def drain(self) -> None:
+        """No new calls from now on."""
+        self.state = FrontState.DRAINING
+
+    def gate(self) -> None:
+        """Raises ApiError (UNAVAILABLE) unless calls may come in."""
+        if self.state is FrontState.SERVING:
+            return
+        self._rejected(self.state.value)
+        raise loading() if self.state is FrontState.LOADING else draining()
+
+    @property
+    def model(self) -> ServedModel:
+        if self._model is None:
+            raise loading()
+        return self._model
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise loading()
+        return self._engine

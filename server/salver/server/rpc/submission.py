@@ -1,0 +1,85 @@
+"""Between the services and the engine: what is waiting, and what the metrics see of it.
+
+`Submissions` looks like the engine to a `GenerationStream`; each request's sink is wrapped
+by one that counts what comes back and gives the permit back when the request starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from salver.server.admission import Permit
+from salver.server.engine.errors import EngineError, EngineUnavailable
+from salver.server.engine.process import OutputSink
+from salver.server.engine.request import EngineRequest, SequenceOutput
+from salver.server.metrics import Metrics
+from salver.server.rpc.served import Engine
+
+# Engine request ids: unique for the life of the process, whichever service draws them.
+next_request_id = itertools.count(1).__next__
+
+
+class Submissions:
+    """The engine, for the requests of one call that holds `permit`."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, permit: Permit) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._permit = permit
+
+    def submit(self, request: EngineRequest, sink: OutputSink) -> None:
+        """Submits; raises EngineUnavailable."""
+        try:
+            self._engine.submit(request, ObservedSink(request, sink, self._metrics, self._permit))
+        except EngineUnavailable:
+            self._metrics.rejected("unavailable")
+            raise
+
+    def abort(self, request_id: int, sample_index: int | None = None) -> None:
+        self._engine.abort(request_id, sample_index)
+
+
+class ObservedSink:
+    """Passes on what the engine puts into `sink`, and tells the metrics."""
+
+    __slots__ = ("_last_tokens", "_metrics", "_permit", "_request", "_seen_tokens", "_sink", "_started")
+
+    def __init__(self, request: EngineRequest, sink: OutputSink, metrics: Metrics, permit: Permit) -> None:
+        self._request = request
+        self._sink = sink
+        self._metrics = metrics
+        self._permit = permit
+        self._started = False
+        self._seen_tokens = getattr(sink, "completion_tokens", 0)
+        self._last_tokens: dict[int, float] = {}
+
+    def started(self, seconds: float) -> None:
+        """Comes again when a restarted worker computes the request anew; only the first time counts."""
+        if not self._started:
+            self._started = True
+            self._permit.started(len(self._request.prompt_token_ids), len(self._request.sample_indices))
+            self._metrics.prompt_started(len(self._request.prompt_token_ids))
+        self._sink.started(seconds)
+
+    def put(self, output: SequenceOutput) -> None:
+        self._sink.put(output)
+        # What the stream has taken: tokens after a stop string are in no reply and not counted.
+        taken = getattr(self._sink, "completion_tokens", 0) - self._seen_tokens
+        if taken <= 0:
+            return
+        self._seen_tokens += taken
+        self._metrics.tokens_generated(taken)
+        now = time.monotonic()
+        last = self._last_tokens.get(output.sample_index)
+        if last is None:
+            self._metrics.first_token(now - self._request.arrival)
+            last, gaps = now, taken - 1
+        else:
+            gaps = taken
+        for _ in range(gaps):  # several tokens of one output share its gap
+            self._metrics.next_token((now - last) / gaps)
+        self._last_tokens[output.sample_index] = now
+
+    def fail(self, error: EngineError) -> None:
+        self._sink.fail(error)
