@@ -37,7 +37,8 @@ def write_wheel(index: Path, content: bytes = CONTENT) -> None:
         # A dependency that cannot be had: it must not be asked for.
         wheel.writestr(
             f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: salver-test-tiny\nVersion: 1.0\nRequires-Dist: no-such-package==9\n",
+            "Metadata-Version: 2.1\nName: salver-test-tiny\nVersion: 1.0\n"
+            "Requires-Dist: no-such-package==9\n",
         )
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -91,7 +92,7 @@ def test_a_damaged_file_is_fetched_again(index: Path, cache: Path) -> None:
 
 
 def test_offline(cache: Path) -> None:
-    with pytest.raises(CatalogError, match="not in the cache .* --offline forbids"):
+    with pytest.raises(CatalogError, match=r"not in the cache .* --offline forbids"):
         fetch("tiny", cache, offline=True, catalog={"tiny": entry()})
     assert not cache.exists()
 
@@ -111,7 +112,7 @@ def test_another_wheel_is_refused(index: Path, cache: Path) -> None:
 
 
 def test_without_the_package(index: Path, cache: Path) -> None:
-    with pytest.raises(CatalogError, match="pip could not download salver-test-tiny==1.0") as caught:
+    with pytest.raises(CatalogError, match=r"pip could not download salver-test-tiny==1\.0") as caught:
         fetch("tiny", cache, catalog={"tiny": entry()})
     assert "give its path instead of 'tiny'" in str(caught.value)
 
@@ -121,7 +122,7 @@ def test_without_pip(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     bare.write_text(f'#!/bin/sh\nexec {sys._base_executable} -S -E "$@"\n')  # type: ignore[attr-defined]
     bare.chmod(0o755)
     monkeypatch.setattr(catalog.sys, "executable", str(bare))
-    with pytest.raises(CatalogError, match="has no pip .* -m ensurepip"):
+    with pytest.raises(CatalogError, match=r"has no pip .* -m ensurepip"):
         fetch("tiny", cache, catalog={"tiny": entry()})
 
 

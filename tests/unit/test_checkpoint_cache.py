@@ -204,7 +204,7 @@ def test_weights_are_hashed_once(tmp_path: Path, cache: Path, monkeypatch: pytes
     assert weights_digest(tmp_path, cache) != digest
     assert weights_digest(tmp_path, tmp_path / "other cache") == weights_digest(tmp_path, cache)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no \\*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
         weights_digest(tmp_path / "empty", cache)
 
 
