@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_tokenizers import KINDS, byte_level, sentence_piece
 
@@ -20,6 +20,7 @@ def pieces(
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
+@settings(deadline=None)
 @given(data=st.data())
 def test_the_pieces_make_the_text(kind: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[kind]
@@ -31,6 +32,7 @@ def test_the_pieces_make_the_text(kind: str, data: st.DataObject) -> None:
     )
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="�")))
 def test_of_whole_text_every_piece_is_whole_characters(text: str) -> None:
     for kind in ("byte_level", "sentence_piece"):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_tokenizers import KINDS, byte_level, metaspace, sentence_piece, word_piece
 
@@ -49,6 +49,7 @@ def test_kinds_are_recognized() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
+@settings(deadline=None)
 @given(data=st.data())
 def test_decode_is_the_librarys(kind: str, data: st.DataObject) -> None:
     tokenizer, backend = TOKENIZERS[kind], BACKENDS[kind]
@@ -61,6 +62,7 @@ def test_decode_is_the_librarys(kind: str, data: st.DataObject) -> None:
         assert tokenizer.decode(ids, skip) == expected
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_byte_level_text_returns(text: str) -> None:
     tokenizer = TOKENIZERS["byte_level"]

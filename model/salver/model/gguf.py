@@ -395,7 +395,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space left on the disk" if full else str(error)
+        reason = (
+            "no space left on the disk; free some or choose another cache directory" if full else str(error)
+        )
         print(f"{options.destination}: cannot write the converted checkpoint: {reason}", file=sys.stderr)
         return 1
     return 0
