@@ -89,13 +89,14 @@ class BatchedAttention:
 
     def _chunk(self, queries: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk, cache: KVCache) -> Tensor:
         kv_heads, head_dim = cache.keys[0].shape[0], queries.shape[2]
-        gathered = (
+        k, v = (
             self._gather(store, chunk.blocks, kv_heads, -1, head_dim)[None, :, : chunk.num_keys]
             for store in (keys, values)
         )
         mixed = F.scaled_dot_product_attention(
             queries.transpose(0, 1)[None].to(self.compute_dtype),
-            *gathered,
+            k,
+            v,
             attn_mask=chunk.mask,
             is_causal=chunk.mask is None,
             enable_gqa=queries.shape[1] != kv_heads,

@@ -1,0 +1,8 @@
+"""From logits to tokens: processing steps, the draw, log-probabilities."""
+
+from salver.model.sampling.logprobs import TokenLogprobs, token_logprobs
+from salver.model.sampling.rows import SamplingRow
+from salver.model.sampling.sampler import INVALID, sample
+from salver.model.sampling.steps import STEPS, Step
+
+__all__ = ["INVALID", "STEPS", "SamplingRow", "Step", "TokenLogprobs", "sample", "token_logprobs"]

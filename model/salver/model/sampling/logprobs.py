@@ -1,0 +1,43 @@
+"""Log-probabilities of raw logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of one position. rank 1 is the most probable; `top` is sorted, lower ids first among equals."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_k: Sequence[int]) -> list[TokenLogprobs]:
+    """logits float32 [R, V], a token and a number of most probable ones for each row."""
+    if not token_ids:
+        return []
+    logprobs = logits.float().log_softmax(dim=-1)
+    index = torch.tensor(token_ids, device=logits.device)[:, None]
+    chosen = logprobs.gather(1, index)
+    ranks = (logprobs > chosen).sum(dim=-1) + 1
+    most = min(max(top_k), logits.shape[1])
+    tops: list[list[tuple[int, float]]] = [[] for _ in token_ids]
+    if most > 0:
+        values, ids = logprobs.topk(most, dim=-1)
+        tops = [
+            sorted(zip(row_ids, row_values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+            for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
+        ]
+    return [
+        TokenLogprobs(token_id, logprob, rank, tuple(top[:k]))
+        for token_id, logprob, rank, top, k in zip(
+            token_ids, chosen[:, 0].tolist(), ranks.tolist(), tops, top_k, strict=True
+        )
+    ]

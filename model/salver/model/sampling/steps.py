@@ -1,0 +1,126 @@
+"""The steps between logits and the distribution that is drawn from, in their order.
+
+Each step knows which rows it concerns and changes the logits of those in place, each row by its own
+parameters alone. The cuts work on values (a token is kept if its logit reaches a threshold), so
+tokens of equal logits are kept or dropped together, whatever the order of a sort.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from salver.model.sampling.rows import SamplingRow
+
+CANDIDATES = 256  # of the vocabulary; enough for nearly every top_p, a full sort does the others
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`apply(logits [R, V], rows)` changes logits in place; all the rows concern it."""
+
+    name: str
+    concerns: Callable[[SamplingRow], bool]
+    apply: Callable[[Tensor, Sequence[SamplingRow]], None]
+
+
+def _penalties(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Repetition (CTRL, Keskar et al. 2019) over prompt and output; the others over the output."""
+    for row, parameters in zip(logits, rows, strict=True):
+        if parameters.repetition_penalty != 1.0:
+            seen = torch.tensor(
+                sorted({*parameters.prompt_token_ids, *parameters.output_token_ids}), device=logits.device
+            )
+            found = row[seen]
+            penalty = parameters.repetition_penalty
+            row[seen] = torch.where(found < 0, found * penalty, found / penalty)
+        if parameters.output_token_ids and (parameters.presence_penalty or parameters.frequency_penalty):
+            counts = Counter(parameters.output_token_ids)
+            ids = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+            row[ids] -= parameters.presence_penalty + parameters.frequency_penalty * times
+
+
+def _logit_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    for row, parameters in zip(logits, rows, strict=True):
+        ids, biases = zip(*parameters.logit_bias, strict=True)
+        index = torch.tensor(ids, device=logits.device)
+        row.index_add_(0, index, torch.tensor(biases, dtype=logits.dtype, device=logits.device))
+
+
+def _banned(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    for row, parameters in zip(logits, rows, strict=True):
+        row[torch.tensor(sorted(parameters.banned_token_ids), device=logits.device)] = float("-inf")
+
+
+def _temperature(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    # Relative to the best, so that a tiny temperature overflows to -inf and never to NaN.
+    logits -= logits.amax(dim=-1, keepdim=True)
+    logits /= _column(logits, [max(row.temperature, 1e-30) for row in rows])
+
+
+def _top_k(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """The k most probable, and those that equal the last of them."""
+    sizes = [min(row.top_k, logits.shape[1]) for row in rows]
+    best = logits.topk(max(sizes), dim=-1).values
+    last = best.gather(1, torch.tensor(sizes, device=logits.device)[:, None] - 1)
+    logits.masked_fill_(logits < last, float("-inf"))
+
+
+def _top_p(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """The smallest set of most probable tokens whose probability reaches top_p (Holtzman et al. 2020)."""
+    wanted = [row.top_p for row in rows]
+    if logits.shape[1] <= CANDIDATES:
+        logits.masked_fill_(logits < _top_p_threshold(logits, logits, wanted)[0], float("-inf"))
+        return
+    candidates = logits.topk(CANDIDATES, dim=-1).values
+    threshold, reached = _top_p_threshold(logits, candidates, wanted)
+    for i in (~reached).nonzero().flatten().tolist():
+        row = logits[i : i + 1]
+        threshold[i] = _top_p_threshold(row, row, wanted[i : i + 1])[0]
+    logits.masked_fill_(logits < threshold, float("-inf"))
+
+
+def _top_p_threshold(logits: Tensor, candidates: Tensor, top_p: list[float]) -> tuple[Tensor, Tensor]:
+    """The smallest logit kept [R, 1], and whether the candidates reached top_p [R]."""
+    ordered = candidates.sort(dim=-1, descending=True).values.double()
+    total = logits.double().logsumexp(dim=-1, keepdim=True)
+    reached = (ordered - total).exp().cumsum(dim=-1)
+    # A token is kept while those before it have not reached top_p; the first one always is.
+    kept = (reached < _column(reached, top_p)).sum(dim=-1, keepdim=True)
+    inside = kept[:, 0] < ordered.shape[1]
+    last = kept.clamp_max(ordered.shape[1] - 1)
+    return ordered.gather(1, last).to(logits.dtype), inside
+
+
+def _min_p(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Drops what is less probable than min_p times the most probable (Nguyen et al. 2024)."""
+    best = logits.amax(dim=-1, keepdim=True)
+    logits.masked_fill_(logits < best + _column(logits, [row.min_p for row in rows]).log(), float("-inf"))
+
+
+def _column(like: Tensor, values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _samples(row: SamplingRow) -> bool:
+    return row.temperature > 0
+
+
+STEPS = (
+    Step(
+        "penalties",
+        lambda row: row.repetition_penalty != 1.0 or bool(row.presence_penalty or row.frequency_penalty),
+        _penalties,
+    ),
+    Step("logit_bias", lambda row: bool(row.logit_bias), _logit_bias),
+    Step("banned", lambda row: bool(row.banned_token_ids), _banned),
+    Step("temperature", _samples, _temperature),
+    Step("top_k", lambda row: _samples(row) and row.top_k > 0, _top_k),
+    Step("top_p", lambda row: _samples(row) and row.top_p < 1.0, _top_p),
+    Step("min_p", lambda row: _samples(row) and row.min_p > 0.0, _min_p),
+)
