@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.figures import BenchError, Run, Trace, summarize
-from benchmarks.processes import Server, outside_model_share
+from benchmarks.processes import MODEL_SECONDS, STEP_SECONDS, Server, outside_model_share
 from benchmarks.workload import BenchRequest, Point
 from salver.client import AsyncClient, SalverError
 
@@ -91,6 +91,9 @@ def run_point(server: Server, point: Point, requests: Sequence[BenchRequest]) ->
     after = server.metrics()
     run = summarize(point, requests, traces, wall)
     run.outside_model_share = outside_model_share(before, after)
+    for name, share in ((STEP_SECONDS, "steps_share_of_wall"), (MODEL_SECONDS, "model_share_of_wall")):
+        if name in after:
+            run.notes[share] = (after[name] - before.get(name, 0.0)) / wall
     for name in ("salver_preemptions_total", "salver_prefix_cache_hits_total"):
         if changed := after.get(name, 0.0) - before.get(name, 0.0):
             run.notes[name] = changed

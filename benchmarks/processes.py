@@ -25,6 +25,8 @@ SERVING = re.compile(r"^serving (?P<name>\S+) on (?P<address>\S+:\d+)\s*$")
 METRICS = re.compile(r"metrics.*?(?P<address>[\w.\[\]-]+:\d+)")
 SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{.*\})? (?P<value>\S+)")
 TAIL_LINES = 30
+STEP_SECONDS = "salver_step_duration_seconds_sum"
+MODEL_SECONDS = "salver_step_model_duration_seconds_sum"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +200,10 @@ def outside_model_share(before: dict[str, float], after: dict[str, float]) -> fl
 
     None where the server does not export both sums, or no step ran.
     """
-    step, model = "salver_step_duration_seconds_sum", "salver_step_model_duration_seconds_sum"
-    if step not in after or model not in after:
+    if MODEL_SECONDS not in after or STEP_SECONDS not in after:
         return None
-    total = after[step] - before.get(step, 0.0)
-    return 1 - (after[model] - before.get(model, 0.0)) / total if total > 0 else None
+    total = after[STEP_SECONDS] - before.get(STEP_SECONDS, 0.0)
+    return 1 - (after[MODEL_SECONDS] - before.get(MODEL_SECONDS, 0.0)) / total if total > 0 else None
 
 
 class Baseline:
