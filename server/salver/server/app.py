@@ -10,12 +10,13 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
@@ -40,6 +41,35 @@ from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_met
 
 _log = logging.getLogger("salver.server")
 _T = TypeVar("_T")
+
+
+async def _in_daemon_thread(work: Callable[[], _T]) -> _T:
+    """`work()` in a thread that need not end before the process does: a download, a conversion."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[_T] = loop.create_future()
+
+    def settle(value: _T | None, error: BaseException | None) -> None:
+        if result.cancelled():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(cast(_T, value))
+
+    def run() -> None:
+        value: _T | None = None
+        error: BaseException | None = None
+        try:
+            value = work()
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(settle, value, error)
+        except RuntimeError:
+            pass  # the loop has ended meanwhile, and nobody waits
+
+    threading.Thread(target=run, daemon=True, name="start").start()
+    return await result
 
 
 class StartError(Exception):
@@ -153,7 +183,6 @@ class Application:
         self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
         self.engine: EngineProcess | None = None
         self._signalled = asyncio.Event()
-        self._signal = signal.SIGTERM
 
     async def run(self) -> int:
         """Serves until a signal. The exit status. Raises StartError."""
@@ -165,7 +194,7 @@ class Application:
         try:
             self.address = await self._open()
             _say(f"listening on {self.address}")
-            metrics_server = self._open_metrics()
+            metrics_server = await self._open_metrics()
             try:
                 await self._unless_signalled(self._load())
             except _Ended:
@@ -181,7 +210,6 @@ class Application:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if not self._signalled.is_set():
-            self._signal = number
             self._signalled.set()
             return
         # The worker ends by itself when its socket closes.
@@ -194,12 +222,13 @@ class Application:
         except PortInUse as error:
             raise StartError(str(error)) from error
 
-    def _open_metrics(self) -> WSGIServer | None:
+    async def _open_metrics(self) -> WSGIServer | None:
         port, host = self.config.metrics_port, self.config.resolved_metrics_host
         if port is None:
             return None
         try:
-            server, _ = start_http_server(port, host, self.metrics.registry)
+            # In a thread: it asks the resolver for the host's name.
+            server, _ = await asyncio.to_thread(start_http_server, port, host, self.metrics.registry)
         except OSError as error:
             reason = error.strerror or error
             raise StartError(f"--metrics-port {port}: cannot listen on {host}:{port}: {reason}") from error
@@ -226,7 +255,7 @@ class Application:
         phases = self.phases
         phases.add("start the front", _process_age())
         with phases.phase("find the checkpoint"):
-            checkpoint, digest = await asyncio.to_thread(find_checkpoint, self.config)
+            checkpoint, digest = await _in_daemon_thread(lambda: find_checkpoint(self.config))
         started = time.monotonic()
         self.engine = EngineProcess(
             self.config.engine_config(checkpoint, digest),
@@ -236,7 +265,7 @@ class Application:
         self.metrics.worker.worker = self.engine
         starting = asyncio.create_task(self.engine.start())
         try:
-            loaded = await asyncio.to_thread(load_front, checkpoint)
+            loaded = await _in_daemon_thread(lambda: load_front(checkpoint))
             front_seconds = time.monotonic() - started
             ready = await starting
         except EngineStartError as error:

@@ -29,13 +29,15 @@ def _register_v1() -> None:
     file = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     _rename(file)
-    pool.Add(file)
+    pool.AddSerializedFile(file.SerializeToString())
 
 
 def _rename(file: descriptor_pb2.FileDescriptorProto) -> None:
     file.name, file.package = _V1_FILE, "grpc.reflection.v1"
     for message in file.message_type:
         for field in message.field:
+            if not field.type_name:
+                continue
             field.type_name = field.type_name.replace(".v1alpha.", ".v1.")
     for service in file.service:
         for method in service.method:

@@ -1,0 +1,135 @@
+"""Flags, environment variables, help: one table, and bad values that name their flag."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from salver.server.config import (
+    ServerConfig,
+    environment_variable_of,
+    flag_of,
+    parse_config,
+    parse_duration,
+    parse_size,
+)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        parse_config(argv, environ)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_defaults() -> None:
+    config = parse_config(["smollm2"], {})
+    assert config == ServerConfig(model="smollm2")
+    assert (config.host, config.port, config.metrics_port) == ("127.0.0.1", 50051, 9090)
+
+
+def test_every_flag_is_in_the_help_with_its_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help"], {})
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(ServerConfig):
+        assert flag_of(field.name) in text
+        assert f"[{environment_variable_of(field.name)}]" in text
+
+
+def test_every_flag_changes_its_field() -> None:
+    """A flag that does nothing would be a lie in the help."""
+    words = {
+        "served_name": "n", "cache_dir": "/c", "host": "::1", "port": "1", "metrics_host": "::",
+        "metrics_port": "2", "max_message_size": "1MiB", "max_connection_age": "1m", "device": "cpu",
+        "dtype": "float32",
+        "numerics": "fast", "threads": "3", "max_model_len": "7", "max_num_seqs": "4",
+        "max_num_batched_tokens": "5", "kv_cache_memory": "6", "max_samples": "2", "max_queued_requests": "8",
+        "max_queued_tokens": "9", "drain_period": "500ms", "log_level": "debug",
+    }  # fmt: skip
+    default = parse_config(["m"], {})
+    for field in dataclasses.fields(ServerConfig):
+        if field.name == "model":
+            continue
+        value = [words[field.name]] if field.name in words else []
+        by_flag = parse_config(["m", flag_of(field.name), *value], {})
+        by_variable = parse_config(["m"], {environment_variable_of(field.name): (value or ["true"])[0]})
+        assert by_flag == by_variable
+        changed = [
+            f.name
+            for f in dataclasses.fields(ServerConfig)
+            if getattr(by_flag, f.name) != getattr(default, f.name)
+        ]
+        assert changed == [field.name]
+
+
+def test_a_flag_wins_over_the_environment() -> None:
+    config = parse_config(["m", "--port", "7"], {"SALVER_PORT": "8", "SALVER_MODEL": "other"})
+    assert (config.model, config.port) == ("m", 7)
+    assert parse_config([], {"SALVER_MODEL": "other"}).model == "other"
+
+
+def test_what_kubernetes_and_compose_put_into_the_environment() -> None:
+    environ = {"SALVER_PORT": "tcp://10.0.0.1:50051", "SALVER_THREADS": "", "SALVER_SERVICE_HOST": "10.0.0.1"}
+    assert parse_config(["m"], environ) == ServerConfig(model="m")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--port", "70000"),
+        ("--port", "http"),
+        ("--metrics-port", "x"),
+        ("--max-model-len", "0"),
+        ("--max-num-seqs", "-1"),
+        ("--threads", "0"),
+        ("--kv-cache-memory", "lots"),
+        ("--kv-cache-memory", "0"),
+        ("--max-message-size", "3GiB"),
+        ("--dtype", "float12"),
+        ("--device", "tpu"),
+        ("--drain-period", "-1s"),
+        ("--log-level", "loud"),
+        ("--served-name", " "),
+        ("--por", "1"),
+    ],
+)
+def test_a_bad_value_names_its_flag(capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
+    assert flag in refused(capsys, "m", flag, value)
+
+
+def test_a_bad_variable_names_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--max-num-seqs" in refused(capsys, "m", SALVER_MAX_NUM_SEQS="many")
+    assert "SALVER_OFFLINE" in refused(capsys, "m", SALVER_OFFLINE="perhaps")
+
+
+def test_no_model_and_one_port_for_both(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "MODEL" in refused(capsys)
+    assert "--metrics-port" in refused(capsys, "m", "--port", "9000", "--metrics-port", "9000")
+    assert parse_config(["m", "--port", "0", "--metrics-port", "0"], {}).port == 0
+
+
+@pytest.mark.parametrize(("text", "port"), [("off", None), ("-1", None), ("0", 0), ("9091", 9091)])
+def test_the_metrics_port_can_be_off(text: str, port: int | None) -> None:
+    assert parse_config(["m", "--metrics-port", text], {}).metrics_port == port
+
+
+def test_sizes_and_durations() -> None:
+    assert parse_size("512MiB") == 512 << 20
+    assert parse_size("1.5 GiB") == 3 << 29
+    assert parse_size("2GB") == 2 * 10**9
+    assert parse_size("2g") == 2 * 10**9
+    assert parse_size("100") == 100
+    assert [parse_duration(text) for text in ("30", "30s", "500ms", "2m", "1h")] == [30, 30, 0.5, 120, 3600]
+
+
+def test_what_the_worker_is_told() -> None:
+    flags = ["--dtype", "float32", "--threads", "2", "--no-prefix-caching", "--kv-cache-memory", "1MiB"]
+    engine = parse_config(["m", *flags], {}).engine_config(Path("/c"), "digest")
+    assert (engine.checkpoint, engine.dtype, engine.threads, engine.weights_digest) == (
+        "/c", "float32", 2, "digest",
+    )  # fmt: skip
+    assert (engine.enable_prefix_caching, engine.kv_cache_memory) == (False, 1 << 20)
