@@ -79,6 +79,7 @@ class FakeEngine:
         self.running: dict[int, asyncio.Task[None]] = {}
         self.hold = asyncio.Event()  # requests start when it is set
         self.hold.set()
+        self.pause_at: int | None = None  # tokens, after which nothing more comes
         self.failure: Exception | None = None
         self.unavailable: EngineUnavailable | None = None
 
@@ -114,6 +115,8 @@ class FakeEngine:
         counts = {i: len(o) for i, o in zip(request.sample_indices, request.outputs, strict=True)}
         while counts:
             await asyncio.sleep(0)
+            if self.pause_at in counts.values():
+                await asyncio.Event().wait()
             for index in list(counts):
                 token = ANSWER[counts[index] % len(ANSWER)]
                 counts[index] += 1
@@ -476,6 +479,7 @@ def test_a_cancelled_call_is_aborted_in_the_engine(streaming: bool) -> None:
     async def test() -> None:
         async with service() as served:
             if streaming:
+                served.engine.pause_at = 3
                 call = served.generation.StreamGenerate(stream_request(max_tokens=190))
                 await call.read()
             else:
