@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from .channel import ChannelClosed, FrameDecoder, encode_frame
+from salver.server.engine.channel import ChannelClosed, FrameDecoder, encode_frame
 
 
 class AsyncChannel(asyncio.Protocol):

@@ -12,16 +12,16 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from .errors import EngineError, RequestDeadlineExceeded, RequestFailed
-from .process import OutputSink
-from .request import (
+from salver.server.engine.errors import EngineError, RequestDeadlineExceeded, RequestFailed
+from salver.server.engine.process import OutputSink
+from salver.server.engine.request import (
     EngineRequest,
     FinishReason,
     Logprobs,
     SequenceOutput,
     SequenceTimings,
 )
-from .text_stream import StopMatch, StopStrings, TextStream
+from salver.server.engine.text_stream import StopMatch, StopStrings, TextStream
 
 if TYPE_CHECKING:
     from salver.model.tokenizer import Tokenizer
@@ -165,7 +165,7 @@ class GenerationStream:
                 request = replace(request, sample_indices=indices, outputs=outputs)
             self._engine.submit(request, self)
             self._submitted = True
-        else:
+        if self._changed:
             self._news.set()
 
     def __aiter__(self) -> GenerationStream:

@@ -16,12 +16,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .channel import ChannelClosed
-from .config import EngineConfig
-from .errors import EngineError, EngineStartError, EngineUnavailable, RequestFailed
-from .request import Abort, EngineRequest, Ready, SequenceOutput, Shutdown, StepMessage, Submit
-from .status_page import StatusPage
-from .worker_process import WORKER_COMMAND, WorkerProcess
+from salver.server.engine.channel import ChannelClosed
+from salver.server.engine.config import EngineConfig
+from salver.server.engine.errors import EngineError, EngineStartError, EngineUnavailable, RequestFailed
+from salver.server.engine.request import (
+    Abort,
+    EngineRequest,
+    Ready,
+    SequenceOutput,
+    Shutdown,
+    StepMessage,
+    Submit,
+)
+from salver.server.engine.status_page import StatusPage
+from salver.server.engine.worker_process import WORKER_COMMAND, WorkerProcess
 
 _log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
-from .async_channel import AsyncChannel
-from .channel import ChannelClosed
-from .errors import EngineStartError
-from .request import Failed, Ready
+from salver.server.engine.async_channel import AsyncChannel
+from salver.server.engine.channel import ChannelClosed
+from salver.server.engine.errors import EngineStartError
+from salver.server.engine.request import Failed, Ready
 
 WORKER_COMMAND = (sys.executable, "-m", "salver.server.engine.worker")
 _TAIL_LINES = 30
@@ -85,7 +85,7 @@ class WorkerProcess:
         self._channel.send(message)
 
     async def ready(self, patience: float) -> Ready:
-        """Waits so many seconds for the greeting. Raises EngineStartError: it failed, died, or took too long."""
+        """Waits so many seconds for the greeting. Raises EngineStartError: it failed, died or is late."""
         death = asyncio.ensure_future(self.dead.wait())
         either: set[asyncio.Future[Any]] = {self._hello, death}
         try:
@@ -109,6 +109,8 @@ class WorkerProcess:
 
     async def reap(self) -> None:
         """Kills the worker if it still runs; returns when it is gone and all it sent was received."""
+        if self._channel_closed.is_set():
+            await self.exited(_DRAIN_SECONDS)  # it is ending by itself: let its exit code tell why
         self.kill()
         await self._exited.wait()
         if self._channel is not None:
