@@ -1,0 +1,56 @@
+"""The deltas of a stream put together again: the whole answer so far, and how to resume it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from salver.client.types import Completion, GenerateResult, Resume
+
+
+class Accumulator:
+    """Takes the messages of one stream in order."""
+
+    def __init__(self, resumed: Resume | None = None) -> None:
+        self._resumed = resumed
+        self._completions: dict[int, Completion] = {}
+        self._result = GenerateResult("", "", ())
+
+    def add(self, delta: GenerateResult) -> None:
+        for part in delta.completions:
+            whole = self._completions.get(part.index)
+            self._completions[part.index] = part if whole is None else _joined(whole, part)
+        known = self._result
+        self._result = replace(
+            delta,
+            prompt_logprobs=known.prompt_logprobs + delta.prompt_logprobs,
+            prompt_token_ids=known.prompt_token_ids or delta.prompt_token_ids,
+        )
+
+    @property
+    def result(self) -> GenerateResult:
+        """All that has come; complete once the stream has ended. Offsets are those of the first deltas."""
+        return replace(
+            self._result, completions=tuple(self._completions[index] for index in sorted(self._completions))
+        )
+
+    def resume(self) -> Resume:
+        """What another call needs to go on from here. Raises ValueError before the first message."""
+        result = self.result
+        if not result.numerics_id:
+            raise ValueError("nothing has come yet: start anew instead of resuming")
+        before = self._resumed.samples if self._resumed else {}
+        samples = {index: tuple(tokens) for index, tokens in before.items()}
+        for completion in result.completions:
+            samples[completion.index] = (*samples.get(completion.index, ()), *completion.token_ids)
+        return Resume(samples, result.seed, result.numerics_id, result.prompt_token_ids)
+
+
+def _joined(whole: Completion, part: Completion) -> Completion:
+    return replace(
+        whole,
+        text=whole.text + part.text,
+        token_ids=whole.token_ids + part.token_ids,
+        logprobs=whole.logprobs + part.logprobs,
+        finish_reason=part.finish_reason or whole.finish_reason,
+        stop_match=part.stop_match or whole.stop_match,
+    )

@@ -1,0 +1,113 @@
+"""The subcommands, one function each; the exit code is what they return (None is 0)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from salver.client.cli.output import as_json, read_text, table
+from salver.client.client import Client, Stream
+
+
+def generate(options: argparse.Namespace) -> None:
+    from salver.client.cli.arguments import generation_options
+
+    given = generation_options(options)
+    prompt = read_text(options.prompt)
+    with Client(options.address) as client:
+        if options.json or given.get("n", 1) > 1:
+            result = client.generate(prompt, **given)
+            if options.json:
+                as_json(result)
+                return
+            for completion in result.completions:
+                print(f"[{completion.index}] {completion.text}")
+            return
+        with client.stream_generate(prompt, **given) as stream:
+            print_stream(stream)
+
+
+def print_stream(stream: Stream) -> str:
+    """Prints an answer as it comes; returns its text."""
+    for delta in stream:
+        sys.stdout.write(delta.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return stream.result.text
+
+
+def score(options: argparse.Namespace) -> None:
+    with Client(options.address) as client:
+        pairs = [(options.context, continuation) for continuation in options.continuations]
+        results = client.score(pairs, timeout=options.timeout)
+    if options.json:
+        as_json(results)
+        return
+    rows = [
+        (repr(continuation), f"{result.sum:.4f}", len(result.logprobs), "yes" if result.is_greedy else "no")
+        for (_, continuation), result in zip(pairs, results, strict=True)
+    ]
+    table(("continuation", "log-likelihood", "tokens", "greedy"), rows)
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    with Client(options.address) as client:
+        tokens = client.tokenize(read_text(options.text), timeout=options.timeout)
+    if options.json:
+        as_json(tokens)
+        return
+    rows = [(t.id, repr(t.token.decode("utf-8", "replace")), t.start, t.end) for t in tokens]
+    table(("id", "token", "start", "end"), rows)
+
+
+def detokenize(options: argparse.Namespace) -> None:
+    with Client(options.address) as client:
+        text = client.detokenize(options.token_ids, timeout=options.timeout)
+    if options.json:
+        as_json({"text": text})
+    else:
+        print(text)
+
+
+def models(options: argparse.Namespace) -> None:
+    with Client(options.address) as client:
+        found = client.list_models(timeout=options.timeout)
+    if options.json:
+        as_json(found)
+        return
+    rows = [
+        (m.name, m.architecture, f"{m.num_parameters:,}", m.dtype, m.max_model_len, ", ".join(m.tasks))
+        for m in found
+    ]
+    table(("name", "architecture", "parameters", "dtype", "context", "tasks"), rows)
+
+
+def info(options: argparse.Namespace) -> None:
+    with Client(options.address) as client:
+        server = client.server_info(timeout=options.timeout)
+    if options.json:
+        as_json(server)
+        return
+    rows: list[tuple[str, object]] = [
+        ("version", server.version),
+        ("device", server.device),
+        ("torch", server.torch_version),
+        ("numerics_id", server.numerics_id),
+        ("drain period", f"{server.drain_period:g} s"),
+        ("worker restarts", server.worker_restarts),
+    ]
+    rows += [(name, getattr(server.limits, name)) for name in server.limits.__dataclass_fields__]
+    rows += [(f"start: {name}", f"{seconds:.3f} s") for name, seconds in server.startup_phases.items()]
+    table(("", "value"), rows)
+
+
+def health(options: argparse.Namespace) -> int:
+    with Client(options.address) as client:
+        if options.wait is not None:
+            client.wait_until_serving(options.wait)
+        status = client.health(options.service, timeout=options.timeout)
+    if options.json:
+        as_json({"service": options.service, "status": status})
+    else:
+        print(status)
+    return 0 if status == "SERVING" else 1

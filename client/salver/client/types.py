@@ -1,0 +1,257 @@
+"""What the client returns and takes: plain frozen data, no protobuf."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+
+class FinishReason(enum.Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class Role(enum.Enum):
+    """Who says a message."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+    name: str = ""
+
+    @classmethod
+    def user(cls, content: str) -> Message:
+        return cls(Role.USER, content)
+
+    @classmethod
+    def system(cls, content: str) -> Message:
+        return cls(Role.SYSTEM, content)
+
+    @classmethod
+    def assistant(cls, content: str) -> Message:
+        return cls(Role.ASSISTANT, content)
+
+
+@dataclass(frozen=True, slots=True)
+class StopMatch:
+    """What ended a completion whose finish reason is STOP: exactly one of the three is set."""
+
+    text: str | None = None
+    token_id: int | None = None
+    eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One of the most probable tokens at a position."""
+
+    token_id: int
+    token: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its log-probability (None for the first prompt token) and rank (1 is the best)."""
+
+    token_id: int
+    token: bytes
+    logprob: float | None
+    rank: int
+    top: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sample; in a stream, what was added to it, starting at the offsets (code points, tokens)."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_match: StopMatch | None = None
+    text_offset: int = 0
+    token_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    resumed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds by phase, as the server measured them; steps and preemptions are counts."""
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    total: float = 0.0
+    steps: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """A whole answer; in a stream, one message of it."""
+
+    request_id: str
+    model: str
+    completions: tuple[Completion, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    usage: Usage | None = None
+    timings: Timings | None = None
+    seed: int = 0
+    numerics_id: str = ""
+    prompt_token_ids: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The text of the first sample ("" in a stream's message that adds nothing to it)."""
+        return next((c.text for c in self.completions if c.index == 0), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """The tokens so far of a stream that was cut; made by a stream's `resume()`."""
+
+    samples: Mapping[int, Sequence[int]]
+    seed: int
+    numerics_id: str = ""
+    prompt_token_ids: Sequence[int] = ()
+    allow_numerics_mismatch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """The log-likelihood of one continuation."""
+
+    logprobs: tuple[TokenLogprob, ...]
+    sum: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of a text, with its place in code points."""
+
+    id: int
+    token: bytes
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served."""
+
+    name: str
+    architecture: str
+    tasks: tuple[str, ...]
+    max_model_len: int
+    vocab_size: int
+    num_parameters: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    weights_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds that a request must keep."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queued_requests: int
+    max_queued_tokens: int
+    max_message_bytes: int
+    kv_cache_tokens: int
+    max_samples: int
+    max_top_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """The server itself. Durations in seconds; start-up phases by name, in order."""
+
+    version: str
+    limits: Limits
+    drain_period: float
+    numerics_id: str
+    device: str
+    torch_version: str
+    startup_phases: dict[str, float] = field(default_factory=dict)
+    worker_restarts: int = 0
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of every generating call; what is left out is the server's default.
+
+    `timeout` is in seconds, `logprobs` and `prompt_logprobs` say how many of the most probable
+    tokens to return at each position (0: the chosen one alone).
+    """
+
+    temperature: float
+    top_p: float
+    min_p: float
+    top_k: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    n: int
+    seed: int
+    logit_bias: Mapping[int, float]
+    max_tokens: int
+    min_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    include_stop: bool
+    logprobs: int
+    prompt_logprobs: int
+    priority: int
+    cache_salt: str
+    resume: Resume
+    request_id: str
+    model: str
+    timeout: float
+
+
+class ChatOptions(GenerationOptions, total=False):
+    """What a chat takes besides."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    template_kwargs: Mapping[str, Any]
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keyword arguments of `score`."""
+
+    top_k: int
+    priority: int
+    request_id: str
+    model: str
+    timeout: float
