@@ -3,7 +3,7 @@
     python fake_worker.py DIRECTORY --socket-fd N --page-fd M
 
 DIRECTORY/plan.json holds one object per life (the last one repeats): {"fail": message},
-{"exit": code, "say": text}, {"die_after_steps": n, "after_submits": m}. What a life was
+{"exit": code, "say": text}, {"hang": true}, {"die_after_steps": n, "after_submits": m}. What a life was
 asked to do is written to DIRECTORY/submits.<life>. A sample's token at position p is
 sum(prompt) + 1000 * sample_index + p; it ends by max_tokens. Before the first token, the
 prompt's log-probabilities come one position a step.
@@ -79,6 +79,8 @@ def main() -> int:
     if "fail" in plan:
         channel.send(Failed(plan["fail"]))
         return 1
+    while "hang" in plan:
+        channel.poll(1.0)
     channel.send(READY)
     samples: list[Sample] = []
     received = steps = 0

@@ -371,6 +371,32 @@ def test_stop_while_restarting_leaves_no_process(tmp_path):
     asyncio.run(main())
 
 
+def test_stop_while_starting_leaves_no_process(tmp_path):
+    async def main():
+        house = House(tmp_path, {"hang": True})
+        children = set(psutil.Process().children())
+        start = asyncio.create_task(house.engine.start())
+        await until(lambda: list(tmp_path.glob("submits.*")))
+        await house.engine.stop()
+        with pytest.raises(EngineStartError, match="stopped"):
+            await start
+        assert set(psutil.Process().children()) <= children
+        assert house.engine.state is EngineState.STOPPED
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_loads_for_too_long_is_a_start_error(tmp_path):
+    async def main():
+        house = House(tmp_path, {"hang": True}, times=EngineTimes(start_timeout=0.3))
+        children = set(psutil.Process().children())
+        with pytest.raises(EngineStartError, match="not ready after"):
+            await house.engine.start()
+        assert set(psutil.Process().children()) <= children
+
+    asyncio.run(main())
+
+
 def test_a_sink_that_raises_fails_alone(tmp_path):
     class Broken(Sink):
         def put(self, output):

@@ -131,6 +131,7 @@ class EngineProcess:
         self._times = times or EngineTimes()
         self._max_failures = max_failures
         self._worker: WorkerProcess | None = None
+        self._loading: WorkerProcess | None = None  # started, not ready yet
         self._in_flight: dict[int, _InFlight] = {}
         self._served = False  # the current worker, at least one step
         self._start_seconds = 1.0  # what the last start took
@@ -150,7 +151,9 @@ class EngineProcess:
         """Starts the worker and waits until it is ready. Raises EngineStartError, leaving no process."""
         try:
             ready = await self._launch()
-        except EngineStartError:
+        except EngineStartError as error:
+            if self.state is EngineState.STOPPED:
+                raise EngineStartError("the engine was stopped while it started") from error
             self._set_state(EngineState.FAILED)
             raise
         self._set_state(EngineState.SERVING)
@@ -193,6 +196,9 @@ class EngineProcess:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._fail_all(EngineUnavailable("the server is stopping"))
+        if self._loading is not None:  # start() still waits for it
+            self._loading.kill()
+            await self._loading.reap()
         worker, self._worker = self._worker, None
         if worker is None:
             return
@@ -247,15 +253,20 @@ class EngineProcess:
     async def _launch(self) -> Ready:
         begin = time.monotonic()
         worker = await WorkerProcess.spawn(self._command, self.page.fd, self._receive)
+        self._loading = worker
         try:
             # Closed already: it died at once, and ready() tells how.
             with contextlib.suppress(ChannelClosed):
                 worker.send(self.config)
             ready = await worker.ready(self._times.start_timeout)
+            if self.state is EngineState.STOPPED:
+                raise EngineStartError("stopped")
         except BaseException:
             worker.kill()
             await worker.reap()
             raise
+        finally:
+            self._loading = None
         self._start_seconds = time.monotonic() - begin
         self._worker, self.ready, self._served = worker, ready, False
         return ready
