@@ -1,4 +1,4 @@
-"""The paged cache: keys and values of every token, in blocks."""
+"""The paged cache of keys and values."""
 
 from __future__ import annotations
 
@@ -7,42 +7,90 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from salver.model.spec import ModelSpec
+from .attention.batch import AttentionBatch
+from .spec import ModelSpec
 
 
 class KVCache:
-    """Keys and values of all layers, [num_kv_heads, num_blocks, block_size, head_dim] a layer.
+    """Keys and values of every layer in blocks of `block_size` tokens.
 
-    Head-major, so that blocks gathered for a batch of sequences are already laid out as the
-    batched product wants them. Block 0 is the null block: padding rows write there.
+    Layout of `data`: [layers, num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]. A
+    head's part of a block is one contiguous row, so that gathering a sequence by rows gives
+    matrices [tokens, head_dim] per head, ready to be multiplied, in one pass over memory.
+
+    Block 0 is the null block: scratch for what belongs to no sequence.
     """
 
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (spec.num_kv_heads, num_blocks, block_size, spec.head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Zeros, not garbage: a NaN under a mask would still poison a sum. The pages of zeros are
-        # not resident until they are written.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+        self.num_kv_heads = spec.num_kv_heads
+        self.head_dim = spec.head_dim
+        # Zeros, not empty: attention multiplies what it masks by zero, which NaN would survive.
+        # Where the system maps zero pages lazily, unused blocks take no memory.
+        self.data = torch.zeros(
+            (spec.num_layers, num_blocks, 2, spec.num_kv_heads, block_size, spec.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        rows = num_blocks * 2 * spec.num_kv_heads
+        self._by_block_row = list(self.data.view(spec.num_layers, rows, block_size * spec.head_dim).unbind(0))
+        self._by_token_row = list(self.data.view(spec.num_layers, rows * block_size, spec.head_dim).unbind(0))
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one block takes in all layers."""
+        """Memory of one block, all layers."""
         return block_size * spec.kv_bytes_per_token(dtype.itemsize)
 
-    def write(self, layer: int, slot_mapping: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values [N, num_kv_heads, head_dim] at slots (block * block_size + offset) [N]."""
-        for cache, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            flat = cache.view(cache.shape[0], -1, cache.shape[3])
-            flat.index_copy_(1, slot_mapping, new.transpose(0, 1))
+    def keys(self, layer: int) -> Tensor:
+        """[num_blocks, block_size, num_kv_heads, head_dim], a view."""
+        return self.data[layer, :, 0].transpose(1, 2)
+
+    def values(self, layer: int) -> Tensor:
+        """[num_blocks, block_size, num_kv_heads, head_dim], a view."""
+        return self.data[layer, :, 1].transpose(1, 2)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies blocks (source, destination); all sources are read before anything is written."""
-        device = self.keys[0].device
-        sources = torch.tensor([source for source, _ in pairs], device=device)
-        destinations = torch.tensor([destination for _, destination in pairs], device=device)
-        for cache in (*self.keys, *self.values):
-            cache.index_copy_(1, destinations, cache.index_select(1, sources))
+        """Copies blocks (source, destination) in all layers; no destination is also a source."""
+        if pairs:
+            sources, destinations = torch.tensor(pairs, device=self.data.device).unbind(1)
+            self.data[:, destinations] = self.data[:, sources]
+
+    # ---- by rows, for attention ----
+
+    def block_row_index(self, blocks: Tensor) -> Tensor:
+        """Rows of `block_rows` of blocks [S, B]: int64 [2, S, num_kv_heads, B], keys then values."""
+        heads = self.num_kv_heads
+        part = torch.arange(2 * heads, device=blocks.device).view(2, 1, heads, 1)
+        return blocks[None, :, None, :] * (2 * heads) + part
+
+    def block_rows(self, layer: int) -> Tensor:
+        """[rows, block_size * head_dim]: one row per block, key or value, and head."""
+        return self._by_block_row[layer]
+
+    def begin_step(self, batch: AttentionBatch) -> None:
+        """Clears the blocks that this step begins to fill.
+
+        What a block's last owner left there is masked, but a NaN among it would come through.
+        """
+        slots = batch.slot_mapping[: batch.num_tokens]
+        begun = slots[slots % self.block_size == 0] // self.block_size
+        if begun.numel():
+            self.data.index_fill_(1, begun, 0)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, batch: AttentionBatch) -> None:
+        """Stores keys and values [N, num_kv_heads, head_dim] at the slots of the batch, but for padding."""
+        key_rows, value_rows = batch.derive(self._slot_rows)
+        count, rows = batch.num_tokens, self._by_token_row[layer]
+        rows.index_copy_(0, key_rows, keys[:count].reshape(-1, self.head_dim))
+        rows.index_copy_(0, value_rows, values[:count].reshape(-1, self.head_dim))
+
+    def _slot_rows(self, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
+        slots = batch.slot_mapping[: batch.num_tokens]
+        block, offset = (slots // self.block_size)[:, None], (slots % self.block_size)[:, None]
+        heads = torch.arange(self.num_kv_heads, device=slots.device)
+        key_rows = (block * (2 * self.num_kv_heads) + heads) * self.block_size + offset
+        value_rows = key_rows + self.num_kv_heads * self.block_size
+        return key_rows.flatten(), value_rows.flatten()

@@ -2,112 +2,131 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from salver.model.errors import CheckpointError
-from salver.model.spec import ModelSpec
+from .errors import CheckpointError
+from .spec import ModelSpec
 
-# Fields that do not change what the model computes when it serves.
-_HARMLESS = frozenset(
-    (
-        "architectures model_type dtype torch_dtype transformers_version use_cache initializer_range "
-        "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id "
-        "_name_or_path attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop classifier_dropout "
-        "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
-        "task_specific_params n_ctx id2label label2id problem_type finetuning_task is_llama_config "
-        "transformers.js_config auto_map output_attentions output_hidden_states return_dict "
-        "return_dict_in_generate chunk_size_feed_forward max_length min_length do_sample temperature top_k "
-        "top_p typical_p repetition_penalty length_penalty num_beams num_return_sequences "
-        "gradient_checkpointing _attn_implementation_autoset _commit_hash attn_implementation "
-        "_attn_implementation prefix max_window_layers reorder_and_upcast_attn "
-    ).split()
+_T = TypeVar("_T")
+
+# Fields that do not change what a served decoder computes: training, housekeeping, defaults of
+# `generate` (sampling is the request's), and what only other heads of the same body read.
+HARMLESS = frozenset(
+    """
+    architectures model_type dtype torch_dtype transformers_version use_cache initializer_range
+    _name_or_path _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset
+    auto_map transformers.js_config bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
+    decoder_start_token_id forced_eos_token_id attention_dropout hidden_dropout resid_pdrop embd_pdrop
+    attn_pdrop classifier_dropout summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout id2label label2id problem_type finetuning_task
+    task_specific_params n_ctx is_llama_config gradient_checkpointing output_attentions
+    output_hidden_states return_dict return_dict_in_generate output_scores chunk_size_feed_forward
+    max_length min_length max_new_tokens do_sample early_stopping temperature top_k top_p typical_p
+    num_beams num_beam_groups num_return_sequences diversity_penalty repetition_penalty length_penalty
+    reorder_and_upcast_attn
+    """.split()
 )
 
 
 class ConfigReader:
-    """Typed access to a config; remembers what was read, so that the rest can be questioned."""
+    """Typed access to the fields of a config; remembers which were read.
 
-    def __init__(self, config: Mapping[str, Any], path: Path | str, read: set[str] | None = None) -> None:
+    Every reading method raises CheckpointError, naming file and field, for a value of another
+    type or outside what is supported. A field that is null counts as absent.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._config = config
-        self._path = path
-        self._read = set() if read is None else read
+        self._where = where
+        self._read: set[str] = set()
 
-    def _fail(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self._path}: {name} {problem}")
+    def error(self, name: str, problem: str) -> CheckpointError:
+        """An error that names the file and the field."""
+        return CheckpointError(f"{self._where}: {name} {problem}")
 
-    def _get(self, name: str, kind: tuple[type, ...], wanted: str, default: Any) -> Any:
+    def _value(self, name: str, wanted: str, *kinds: type) -> Any:
         self._read.add(name)
         value = self._config.get(name)
-        if value is None:
-            if default is _REQUIRED:
-                raise self._fail(name, "is missing")
-            return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
-            raise self._fail(name, f"must be {wanted}, not {value!r}")
+        if value is not None and (
+            not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        ):
+            raise self.error(name, f"must be {wanted}, not {value!r}")
         return value
 
-    def integer(self, name: str, default: Any = ...) -> int:
-        value: int = self._get(name, (int,), "an integer", _REQUIRED if default is ... else default)
+    def _or(self, name: str, value: _T | None, default: _T | None) -> _T:
+        if value is not None:
+            return value
+        if default is None:
+            raise self.error(name, "is missing")
+        return default
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self._config.get(name) is not None
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value: int = self._or(name, self._value(name, "an integer", int), default)
+        if value <= 0:
+            raise self.error(name, f"must be positive, not {value}")
         return value
 
-    def positive(self, name: str, default: Any = ...) -> int:
-        value = self.integer(name, default)
-        if value is not None and value <= 0:
-            raise self._fail(name, f"must be positive, not {value}")
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite positive number."""
+        value = float(self._or(name, self._value(name, "a number", int, float), default))
+        if not (math.isfinite(value) and value > 0):
+            raise self.error(name, f"must be a positive number, not {value}")
         return value
 
-    def number(self, name: str, default: Any = ...) -> float:
-        value = self._get(name, (int, float), "a number", _REQUIRED if default is ... else default)
-        return float(value)
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        return bool(self._or(name, self._value(name, "true or false", bool), default))
 
-    def boolean(self, name: str, default: Any = ...) -> bool:
-        value: bool = self._get(name, (bool,), "true or false", _REQUIRED if default is ... else default)
-        return value
-
-    def string(self, name: str, default: Any = ...) -> str:
-        value: str = self._get(name, (str,), "a string", _REQUIRED if default is ... else default)
-        return value
-
-    def choice(self, name: str, choices: tuple[str, ...], default: Any = ...) -> str:
-        value = self.string(name, default)
+    def choice(self, name: str, choices: tuple[str, ...], default: str | None = None) -> str:
+        value: str = self._or(name, self._value(name, "a string", str), default)
         if value not in choices:
-            raise self._fail(name, f"is {value!r}; supported: {', '.join(choices)}")
+            raise self.error(name, f"is {value!r}, which is not supported (supported: {', '.join(choices)})")
         return value
 
-    def only(self, name: str, *allowed: Any) -> None:
-        """Refuses any value but these; an absent one counts as the first."""
+    def only(self, name: str, *allowed: object) -> None:
+        """Reads a field of which one value is implemented (or several that mean the same)."""
         self._read.add(name)
         value = self._config.get(name)
         if value is not None and value not in allowed:
-            raise self._fail(name, f"is {value!r}, which is not supported (only {allowed[0]!r})")
+            raise self.error(name, f"is {value!r}, which is not supported (supported: {allowed[0]!r})")
 
     def section(self, name: str) -> ConfigReader | None:
-        """A nested object, or None."""
-        value = self._get(name, (dict,), "an object", None)
-        return None if value is None else ConfigReader(value, f"{self._path}: {name}")
+        """A nested object, with a reader of its own."""
+        value = self._value(name, "an object", dict)
+        return None if value is None else ConfigReader(value, f"{self._where}: {name}")
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
-        value = self._get(name, (int, list), "a token id or a list of them", [])
-        ids = [value] if isinstance(value, int) else value
+        """A token id or a list of them; () when absent."""
+        value = self._value(name, "a token id or a list of them", int, list)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise self._fail(name, f"must be a token id or a list of them, not {value!r}")
+            raise self.error(name, f"must be a token id or a list of them, not {value!r}")
         return tuple(ids)
 
-    def refuse_unknown(self) -> None:
-        """Raises CheckpointError for a field that nobody read and that may change the computation."""
+    def token_id(self, name: str) -> int | None:
+        """The first token id of a field that holds one or several."""
+        return next(iter(self.token_ids(name)), None)
+
+    def refuse_unread(self) -> None:
+        """Refuses every field that no one read and that may change the computation.
+
+        What is switched off (null, false, empty) changes nothing.
+        """
         for name, value in self._config.items():
-            if name in self._read or name in _HARMLESS:
+            if name in self._read or name in HARMLESS or value is None or value is False:
                 continue
-            if value is None or value is False or value in ({}, [], ""):
+            if value in ({}, [], ""):
                 continue
-            raise self._fail(name, f"is {value!r}, which this family does not know")
-
-
-_REQUIRED = object()
+            raise self.error(name, f"is {value!r}: this field is not implemented for this architecture")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,34 +134,52 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: not a checkpoint directory?") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: there is no such file") from error
+    except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise CheckpointError(f"{path}: a JSON object was expected")
     return loaded
 
 
 def read_spec(checkpoint: Path) -> ModelSpec:
-    """The spec of a checkpoint directory, by the `architectures` of its config.json.
+    """The spec of the checkpoint directory, by the `architectures` of its config.json.
 
-    Raises CheckpointError, naming the field, for anything that is not supported.
+    Token ids in generation_config.json come before those of config.json, as in transformers.
+    Raises CheckpointError, naming file and field, for anything that is not implemented.
     """
-    from salver.model.families import FAMILIES
+    from .families import FAMILIES
 
     path = checkpoint / "config.json"
     config = read_json(path)
-    architectures = config.get("architectures") or []
+    architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise CheckpointError(f"{path}: architectures must name one architecture, not {architectures!r}")
-    family = FAMILIES.get(architectures[0])
+    family = FAMILIES.get(architectures[0]) if isinstance(architectures[0], str) else None
     if family is None:
-        supported = ", ".join(sorted(FAMILIES))
         raise CheckpointError(
-            f"{path}: architecture {architectures[0]} is not supported (supported: {supported})"
+            f"{path}: architectures is {architectures[0]!r}, which is not supported "
+            f"(supported: {', '.join(sorted(FAMILIES))})"
         )
-    reader = ConfigReader(config, path)
-    reader.only("quantization_config", None)
+    reader = ConfigReader(config, str(path))
     spec = family(reader)
-    reader.refuse_unknown()
-    return spec
+    reader.refuse_unread()
+    _check(spec, reader)
+    generation_path = checkpoint / "generation_config.json"
+    if not generation_path.is_file():
+        return spec
+    generation = ConfigReader(read_json(generation_path), str(generation_path))
+    bos, eos = generation.token_id("bos_token_id"), generation.token_ids("eos_token_id")
+    return dataclasses.replace(
+        spec,
+        bos_token_id=spec.bos_token_id if bos is None else bos,
+        eos_token_ids=eos or spec.eos_token_ids,
+    )
+
+
+def _check(spec: ModelSpec, reader: ConfigReader) -> None:
+    """What no single field shows."""
+    if spec.num_heads % spec.num_kv_heads:
+        raise reader.error(
+            "num_key_value_heads", f"({spec.num_kv_heads}) must divide the {spec.num_heads} attention heads"
+        )

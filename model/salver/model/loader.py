@@ -1,154 +1,182 @@
-"""From a checkpoint directory to a `Transformer`: strict, streamed, memory-mapped."""
+"""From a checkpoint directory to a model on its device, tensor by tensor.
+
+The model is built without memory, then each parameter is allocated and filled by itself: at any
+time one copy of the weights exists, and the part of the file that is being read.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from salver.model.attention import choose
-from salver.model.config_reader import read_json, read_spec
-from salver.model.errors import CheckpointError
-from salver.model.spec import Cat, Copy, Source, Transpose, WeightMap
-from salver.model.transformer import Transformer
+from .attention import choose
+from .config_reader import read_spec
+from .errors import CheckpointError
+from .spec import Cat, Copy, Optional, Source, Split, Transpose, WeightMap, names_of
+from .transformer import Transformer
+from .weights import WeightFile, open_weights
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_model(
-    checkpoint: Path, *, device: torch.device, dtype: torch.dtype, numerics: str = "exact"
+    checkpoint: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    numerics: str = "exact",
+    on_phase: Callable[[str], None] | None = None,
 ) -> Transformer:
-    """Builds the model on the meta device, then gives it one tensor after the other.
+    """The model of a checkpoint directory, ready to compute.
 
-    Raises CheckpointError naming the file, field or tensor: anything unsupported, missing, unused,
-    misshaped or cut short.
+    `on_phase` is told what is done: "config", "build", "weights". Raises CheckpointError, naming file,
+    field or tensor, for what is missing, unused, of another shape, damaged or not implemented.
     """
+    tell = on_phase or (lambda _: None)
     spec = read_spec(checkpoint)
+    tell("config")
     with torch.device("meta"):
-        model = Transformer(spec, choose(dtype, numerics))
-    with ExitStack() as stack:
-        store = TensorStore(checkpoint, spec.weights, stack)
-        for name, parameter in list(model.named_parameters()):
-            source, layer = _source(spec.weights, name)
-            tensor = store.read(source, layer)
-            if tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{checkpoint}: {_describe(source, layer)} has shape {list(tensor.shape)}, "
-                    f"but config.json asks for {list(parameter.shape)}"
-                )
-            if not tensor.is_floating_point():
-                raise CheckpointError(
-                    f"{checkpoint}: {_describe(source, layer)} is {tensor.dtype}, not floats"
-                )
-            _assign(model, name, tensor.to(device=device, dtype=dtype).contiguous())
-        store.refuse_unused()
-    return model.eval()
+        model = Transformer(spec, choose(device, numerics, dtype))
+    model.eval()
+    model.place(device)
+    tell("build")
+    tensors = CheckpointTensors(checkpoint, spec.weights)
+    sources = spec.weights.expanded(spec.num_layers)
+    tensors.check_names(sources)
+    for name, parameter in list(model.named_parameters()):
+        target = torch.empty(parameter.shape, dtype=dtype, device=device)
+        source = sources.pop(name, None)
+        if source is None:
+            raise ValueError(f"{spec.architecture}: the weight map says nothing of {name}")
+        tensors.write(source, target)
+        _set_parameter(model, name, target)
+    if sources:
+        raise ValueError(f"{spec.architecture}: the model has no {', '.join(sources)}")
+    tensors.check_duplicates()
+    tell("weights")
+    return model
 
 
-class TensorStore:
-    """The checkpoint's tensors by name, from safetensors or PyTorch files, whole or sharded."""
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, nn.Parameter(value, requires_grad=False))
 
-    def __init__(self, checkpoint: Path, weights: WeightMap, stack: ExitStack) -> None:
+
+class CheckpointTensors:
+    """The tensors of a checkpoint under the names that a weight map uses; evaluates sources."""
+
+    def __init__(self, checkpoint: Path, weights: WeightMap) -> None:
         self._checkpoint = checkpoint
         self._weights = weights
-        self._readers: dict[str, tuple[Path, Callable[[str], Tensor]]] = {}
-        self._read: set[str] = set()
-        for path in _weight_files(checkpoint):
-            for name, reader in _open(path, stack):
-                if name in self._readers:
-                    raise CheckpointError(f"{path}: tensor {name} is also in {self._readers[name][0].name}")
-                self._readers[name] = (path, reader)
-        prefix = weights.optional_prefix
-        self._strip = prefix if prefix and not any(n.startswith(prefix) for n in self._readers) else ""
+        self._files: dict[str, tuple[WeightFile, str]] = {}  # name without prefix: file, name in it
+        for full_name, file in open_weights(checkpoint).items():
+            name = full_name.removeprefix(weights.optional_prefix)
+            if name in self._files:
+                raise CheckpointError(f"{file.path}: {full_name} is there twice, with a prefix and without")
+            self._files[name] = (file, full_name)
 
-    def read(self, source: Source, layer: int) -> Tensor:
-        """Evaluates a source. The result may be a view of the mapped file."""
-        match source:
-            case Copy(name):
-                return self._tensor(name.format(layer=layer))
-            case Transpose(inner):
-                return self.read(inner, layer).t()
-            case Cat(parts):
-                return torch.cat([self.read(part, layer) for part in parts])
+    def check_names(self, sources: dict[str, Source]) -> None:
+        """Raises CheckpointError for tensors that are missing and for those that nothing reads."""
+        required, known = set[str](), set[str]()
+        for source in sources.values():
+            (known if isinstance(source, Optional) else required).update(names_of(source))
+            required -= _optional_names(source)
+            known |= _optional_names(source)
+        missing = sorted(required - self._files.keys())
+        if missing:
+            raise CheckpointError(f"{self._checkpoint}: tensor {_listed(missing)} missing")
+        known |= required | {name for name, _ in self._weights.duplicates}
+        ignored = [re.compile(pattern) for pattern in self._weights.ignored]
+        unused = sorted(
+            name
+            for name in self._files.keys() - known
+            if not any(pattern.fullmatch(name) for pattern in ignored)
+        )
+        if unused:
+            file, full_name = self._files[unused[0]]
+            raise CheckpointError(
+                f"{file.path}: tensor {_listed([full_name, *unused[1:]])} not used by this architecture"
+            )
 
-    def refuse_unused(self) -> None:
-        """Raises CheckpointError for a tensor that the model has no place for."""
-        prefix = self._weights.optional_prefix if self._strip else ""
-        for name in sorted(set(self._readers) - self._read):
-            full = name if name.startswith("lm_head") else prefix + name
-            if not any(re.fullmatch(pattern, full) for pattern in self._weights.ignored):
-                raise CheckpointError(f"{self._readers[name][0]}: tensor {name} has no place in the model")
+    def check_duplicates(self) -> None:
+        """Raises CheckpointError where a tensor that should be a copy of another is not."""
+        for name, original in self._weights.duplicates:
+            if name in self._files and not torch.equal(self._read(name), self._read(original)):
+                file, full_name = self._files[name]
+                raise CheckpointError(
+                    f"{file.path}: {full_name} differs from {self._files[original][1]}, "
+                    "though config.json ties them (tie_word_embeddings)"
+                )
 
-    def _tensor(self, name: str) -> Tensor:
-        name = name.removeprefix(self._strip)
-        if name not in self._readers:
-            raise CheckpointError(f"{self._checkpoint}: tensor {name} is missing")
-        path, reader = self._readers[name]
-        self._read.add(name)
-        try:
-            return reader(name)
-        except (SafetensorError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
-
-
-def _weight_files(checkpoint: Path) -> list[Path]:
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = checkpoint / f"{single}.index.json"
-        if index.exists():
-            table = read_json(index).get("weight_map")
-            if not isinstance(table, dict):
-                raise CheckpointError(f"{index}: weight_map is missing")
-            files = [checkpoint / name for name in sorted({str(file) for file in table.values()})]
-            for file in files:
-                if file.parent != checkpoint:
-                    raise CheckpointError(f"{index}: {file.name} lies outside the checkpoint")
-                if not file.exists():
-                    raise CheckpointError(f"{file} is missing ({index.name} names it)")
-            return files
-        if (checkpoint / single).exists():
-            return [checkpoint / single]
-    raise CheckpointError(f"{checkpoint} holds no weights: neither model.safetensors nor pytorch_model.bin")
-
-
-def _open(path: Path, stack: ExitStack) -> Iterator[tuple[str, Callable[[str], Tensor]]]:
-    try:
-        if path.suffix == ".safetensors":
-            opened = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                yield name, opened.get_tensor
+    def write(self, source: Source, target: Tensor) -> None:
+        """Fills `target` (a parameter or a view of one); raises CheckpointError for another shape."""
+        if isinstance(source, Copy):
+            tensor = self._read(source.name)
+            if tensor.shape != target.shape:
+                file, full_name = self._files[source.name]
+                raise CheckpointError(
+                    f"{file.path}: {full_name} has shape {list(tensor.shape)}, "
+                    f"{list(target.shape)} was expected"
+                )
+            target.copy_(tensor)
+        elif isinstance(source, Transpose):
+            self.write(source.source, target.T)
+        elif isinstance(source, Cat):
+            if sum(source.sizes) != target.shape[source.dim] or len(source.sizes) != len(source.sources):
+                raise ValueError(f"{source.sizes} do not make up {list(target.shape)}")
+            for part, view in zip(
+                source.sources, torch.split(target, list(source.sizes), source.dim), strict=True
+            ):
+                self.write(part, view)
+        elif isinstance(source, Optional):
+            if all(name in self._files for name in names_of(source.source)):
+                self.write(source.source, target)
+            elif target.shape == source.shape:
+                target.fill_(source.fill)
+            else:
+                raise ValueError(f"{source.shape} cannot fill {list(target.shape)}")
+        elif isinstance(source, Split):
+            shape = list(target.shape)
+            shape[source.dim] = sum(source.sizes)
+            whole = torch.empty(shape, dtype=target.dtype, device=target.device)
+            self.write(source.source, whole)
+            target.copy_(torch.split(whole, list(source.sizes), source.dim)[source.index])
         else:
-            # weights_only: a pickle that would run code is refused.
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            for name, value in tensors.items():
-                if isinstance(value, Tensor):
-                    yield name, tensors.__getitem__
-    except CheckpointError:
-        raise
-    except Exception as error:  # each format has its own kinds; all mean that the file is no good
-        raise CheckpointError(f"{path} cannot be read (cut short?): {error}") from error
+            # The first dimension [groups, inner, outer, rest] of the target, seen as the source's.
+            groups, outer, inner = source.groups, source.outer, source.inner
+            rest = target.shape[0] // (groups * inner * outer)
+            parts = target.view(groups, inner, outer, rest, *target.shape[1:]).transpose(1, 2)
+            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            self.write(source.source, whole)
+            parts.copy_(whole.view(groups, outer, inner, rest, *target.shape[1:]))
+
+    def _read(self, name: str) -> Tensor:
+        file, full_name = self._files[name]
+        tensor = file.read(full_name)
+        if tensor.dtype not in _DTYPES:
+            supported = ", ".join(map(str, _DTYPES))
+            raise CheckpointError(
+                f"{file.path}: {full_name} is {tensor.dtype}, which is not supported (supported: {supported})"
+            )
+        return tensor
 
 
-def _source(weights: WeightMap, name: str) -> tuple[Source, int]:
-    """The source of one of our tensors, and its layer's number."""
-    found = re.match(r"layers\.(\d+)\.", name)
-    if found is None:
-        return weights.tensors[name], 0
-    return weights.tensors[name.replace(found.group(0), "layers.{layer}.", 1)], int(found.group(1))
+def _optional_names(source: Source) -> set[str]:
+    """Names that stand under an `Optional` somewhere in the source."""
+    if isinstance(source, Optional):
+        return set(names_of(source))
+    if isinstance(source, Copy):
+        return set()
+    parts = source.sources if isinstance(source, Cat) else (source.source,)
+    return set[str]().union(*(_optional_names(part) for part in parts))
 
 
-def _describe(source: Source, layer: int) -> str:
-    match source:
-        case Copy(name):
-            return f"tensor {name.format(layer=layer)}"
-        case Transpose(inner):
-            return _describe(inner, layer)
-        case Cat(parts):
-            return " + ".join(_describe(part, layer) for part in parts)
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+def _listed(names: list[str]) -> str:
+    """A few names and how many more, with the verb."""
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"

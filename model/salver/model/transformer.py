@@ -1,4 +1,4 @@
-"""The one stack: builds and runs whatever a `ModelSpec` says. No family is named here."""
+"""One stack for every spec."""
 
 from __future__ import annotations
 
@@ -8,80 +8,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from salver.model.attention import Attention, AttentionBatch
-from salver.model.cache import KVCache
-from salver.model.layers import (
-    ACTIVATIONS,
-    Embedding,
-    Linear,
-    Norm,
-    rope_frequencies,
-    rope_tables,
-    rotate,
-)
-from salver.model.spec import ModelSpec
+from .attention import Attention, AttentionBatch
+from .cache import KVCache
+from .layers import ACTIVATIONS, Linear, Norm, Rotation, Weights, rope_frequencies
+from .spec import LearnedPositions, ModelSpec, RopePositions
 
 
 class Layer(nn.Module):
-    """Attention, then MLP, each normalized before and added to what came in.
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    x ─┬─ norm ─ qkv ─ rope ─ attention ─ out ─ + ─┬─ norm ─ up ─ act ─ down ─ + ─
-       └───────────────────────────────────────┘   └──────────────────────────┘
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
-        self.spec = spec
-        self.attention_norm = Norm(spec)
-        self.qkv = Linear(spec.hidden_size, spec.qkv_size, spec.qkv_bias)
-        self.out = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, spec.attention_out_bias)
-        self.mlp_norm = Norm(spec)
-        width = 2 * spec.intermediate_size if spec.gated else spec.intermediate_size
-        self.up = Linear(spec.hidden_size, width, spec.mlp_bias)
-        self.down = Linear(spec.intermediate_size, spec.hidden_size, spec.mlp_bias)
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        self.index = index
+        self.num_heads = spec.num_heads
+        self.num_kv_heads = spec.num_kv_heads
+        self.head_dim = spec.head_dim
+        self.scale = spec.attention_scale
+        self.gated = spec.gated
         self.activation = ACTIVATIONS[spec.activation]
+        self.attention_norm = Norm(spec.norm, hidden)
+        self.qkv = Linear(sum(spec.qkv_sizes), hidden, bias=spec.qkv_bias)
+        self.attention_out = Linear(hidden, spec.qkv_sizes[0], bias=spec.attention_out_bias)
+        self.mlp_norm = Norm(spec.norm, hidden)
+        self.up = Linear(2 * inner if spec.gated else inner, hidden, bias=spec.mlp_bias)  # gate, up
+        self.down = Linear(hidden, inner, bias=spec.mlp_bias)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, hidden] -> queries [N, heads, d], keys and values [N, kv_heads, d], rotated."""
-        spec = self.spec
-        qkv = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, spec.head_dim)
-        rotated, values = qkv.split([spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        if rope is not None:
-            rotated = rotate(rotated, *rope)
-        queries, keys = rotated.split([spec.num_heads, spec.num_kv_heads], dim=1)
-        return queries, keys, values
-
-    def mlp(self, x: Tensor) -> Tensor:
-        hidden = self.up(self.mlp_norm(x))
-        if self.spec.gated:
-            gate, hidden = hidden.chunk(2, dim=-1)
-            return self.down(self.activation(gate) * hidden)  # type: ignore[no-any-return]
-        return self.down(self.activation(hidden))  # type: ignore[no-any-return]
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        cache: KVCache,
+        attention: Attention,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """[N, hidden] to [N, hidden]."""
+        heads = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, self.head_dim)
+        query_key = heads[:, : self.num_heads + self.num_kv_heads]
+        if rotation is not None:
+            query_key = rotation(query_key)
+        query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=1)
+        cache.write(self.index, key, heads[:, self.num_heads + self.num_kv_heads :], batch)
+        x = x + self.attention_out(attention(query, cache, self.index, batch, self.scale))
+        inner = self.up(self.mlp_norm(x))
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.activation(gate).mul_(up)
+        else:
+            inner = self.activation(inner)
+        out: Tensor = x + self.down(inner)
+        return out
 
 
 class Transformer(nn.Module):
-    """A decoder over a paged cache; a batch is flat rows of whatever sequences."""
+    """A decoder built from its spec. Parameters are uninitialized until `loader.load_model` fills them."""
+
+    rope: Tensor | None
 
     def __init__(self, spec: ModelSpec, attention: Attention) -> None:
         super().__init__()
         self.spec = spec
         self.attention = attention
-        self.embed = Embedding(spec.vocab_size, spec.hidden_size)
-        self.positions = (
-            Embedding(spec.max_position_embeddings, spec.hidden_size) if spec.rope is None else None
-        )
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
-        self.final_norm = Norm(spec)
-        self.head = None if spec.tied_head else Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        self._frequencies: Tensor | None = None
+        self.embed = Weights(spec.vocab_size, spec.hidden_size)
+        learned = isinstance(spec.positions, LearnedPositions)
+        self.positions = Weights(spec.max_position_embeddings, spec.hidden_size) if learned else None
+        self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
+        self.final_norm = Norm(spec.norm, spec.hidden_size)
+        self.head = None if spec.tied_head else Linear(spec.vocab_size, spec.hidden_size)
+        self.rope = None
 
-    @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+    def place(self, device: torch.device) -> None:
+        """Computes what is derived from the spec, on the device. The loader calls it."""
+        if isinstance(self.spec.positions, RopePositions):
+            self.rope = rope_frequencies(self.spec.positions, self.spec.head_dim).to(device)
 
     def forward(
         self,
@@ -91,38 +90,28 @@ class Transformer(nn.Module):
         attention: AttentionBatch,
         on_layer: Callable[[], None] | None = None,
     ) -> Tensor:
-        """token_ids, positions int64 [N] -> hidden [N, hidden_size], the final norm applied.
+        """Hidden states [N, hidden_size] after the last norm, of token ids and positions int64 [N].
 
-        Writes the keys and values of all rows to the cache, then attends through it.
-        `on_layer` is called after every layer (a sign of life).
+        Stores the keys and values of the rows, then attends through the cache. `on_layer` is
+        called after each layer.
         """
-        x = self.embed(token_ids)
+        cache.begin_step(attention)
+        x = F.embedding(token_ids, self.embed.weight)
         if self.positions is not None:
-            x = x + self.positions(positions)
-        rope = self._rope(positions)
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
-            queries, keys, values = layer.project(x, rope)
-            cache.write(index, attention.slot_mapping, keys, values)
-            mixed = self.attention(index, queries, cache, attention)
-            x = x + layer.out(mixed.flatten(1))
-            x = x + layer.mlp(x)
+            x = x + F.embedding(positions, self.positions.weight)
+        rotation = None if self.rope is None else Rotation(self.rope, positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotation, cache, self.attention, attention)
             if on_layer is not None:
                 on_layer()
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        hidden: Tensor = self.final_norm(x)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden_size] -> float32 [R, vocab_size]."""
+        """float32 [R, vocab_size] of hidden [R, hidden_size]."""
         weight = self.embed.weight if self.head is None else self.head.weight
         return F.linear(hidden, weight).float()
 
     def num_parameters(self) -> int:
-        """A tied head counts once."""
+        """Weights; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.spec.rope is None:
-            return None
-        if self._frequencies is None:
-            self._frequencies = rope_frequencies(self.spec.rope, self.spec.head_dim).to(self.device)
-        return rope_tables(self._frequencies, positions, self.dtype)

@@ -1,24 +1,40 @@
-"""Attention through the paged cache: one interface, several implementations.
-
-`reference` is plain torch, slow and the oracle of the others; `cpu` is plain torch laid out for speed.
-"""
+"""Attention through the paged cache: one interface, several implementations."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Protocol
+
 import torch
+from torch import Tensor
 
-from salver.model.attention.cpu import BatchedAttention
-from salver.model.attention.interface import Attention, AttentionBatch
-from salver.model.attention.reference import ReferenceAttention
+from .batch import AttentionBatch
 
-__all__ = ["Attention", "AttentionBatch", "BatchedAttention", "ReferenceAttention", "choose"]
+if TYPE_CHECKING:
+    from ..cache import KVCache
+
+__all__ = ["Attention", "AttentionBatch", "choose"]
 
 
-def choose(dtype: torch.dtype, numerics: str) -> Attention:
-    """The implementation for a dtype and a numerics mode ("exact" or "fast").
+class Attention(Protocol):
+    """Causal attention of the rows of a step over the keys and values of their sequences."""
 
-    In float32 `exact` accumulates in float64: whatever the order of a sum (batch, chunk, padding),
-    its rounding to float32 comes out the same.
+    def __call__(
+        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """[N, num_heads * head_dim] from query [N, num_heads, head_dim]; keys and values are in the cache.
+
+        Query head h reads key head h // (num_heads // num_kv_heads). Rows of padding give zeros.
+        """
+        ...
+
+
+def choose(device: torch.device, numerics: str, dtype: torch.dtype) -> Attention:
+    """The implementation for a device and a numerics mode ("exact" or "fast").
+
+    The gathering one is made for the CPU and right on any device that torch knows.
     """
-    exact = numerics == "exact" and dtype == torch.float32
-    return BatchedAttention(compute_dtype=torch.float64 if exact else dtype)
+    from .cpu import GatheringAttention
+
+    if numerics not in ("exact", "fast"):
+        raise ValueError(f"numerics must be exact or fast, not {numerics!r}")
+    return GatheringAttention(exact=numerics == "exact")

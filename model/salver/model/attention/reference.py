@@ -1,31 +1,31 @@
-"""The oracle: one sequence after the other, one formula, any device. Slow."""
+"""The oracle: attention written down as its definition, in float64, on any device. Slow."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from salver.model.attention.interface import AttentionBatch
-from salver.model.cache import KVCache
+from ..cache import KVCache
+from .batch import AttentionBatch
 
 
 class ReferenceAttention:
-    """softmax(q k^T / sqrt(head_dim)) v in float64 (Vaswani et al. 2017, section 3.2.1)."""
+    """softmax(q k / scale) v, sequence by sequence and head by head."""
 
-    def __call__(self, layer: int, queries: Tensor, cache: KVCache, batch: AttentionBatch) -> Tensor:
-        output = torch.zeros_like(queries)
-        group = queries.shape[1] // cache.keys[layer].shape[0]
-        for s, num_keys in enumerate(batch.seq_lens):
-            first, last = batch.cu_seqlens_q[s], batch.cu_seqlens_q[s + 1]
-            table = batch.block_tables[s]
-            keys, values = (
-                store[layer][:, table].flatten(1, 2)[:, :num_keys].double().repeat_interleave(group, dim=0)
-                for store in (cache.keys, cache.values)
-            )  # [num_heads, num_keys, head_dim]
-            rows = queries[first:last].double().transpose(0, 1)  # [num_heads, rows, head_dim]
-            scores = rows @ keys.transpose(1, 2) * queries.shape[2] ** -0.5
-            positions = torch.arange(num_keys - (last - first), num_keys, device=queries.device)
-            future = torch.arange(num_keys, device=queries.device) > positions[:, None]
-            weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-            output[first:last] = (weights @ values).transpose(0, 1).to(queries.dtype)
-        return output
+    def __call__(
+        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        out = torch.zeros_like(query)
+        group = query.shape[1] // cache.num_kv_heads
+        for sequence, length in enumerate(batch.seq_lens):
+            begin, end = batch.cu_seqlens_q[sequence : sequence + 2]
+            blocks = batch.block_tables[sequence, : -(-length // cache.block_size)]
+            keys = cache.keys(layer)[blocks].flatten(0, 1)[:length].double()  # [length, kv_heads, head_dim]
+            values = cache.values(layer)[blocks].flatten(0, 1)[:length].double()
+            positions = torch.arange(length - (end - begin), length, device=query.device)
+            future = torch.arange(length, device=query.device) > positions[:, None]
+            for head in range(query.shape[1]):
+                scores = query[begin:end, head].double() @ keys[:, head // group].T * scale
+                weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+                out[begin:end, head] = (weights @ values[:, head // group]).to(out.dtype)
+        return out.flatten(1)

@@ -1,4 +1,8 @@
-"""One small file per family: config.json to `ModelSpec`. Every module of this folder is found by itself."""
+"""One small file per family: from config.json to a `ModelSpec`.
+
+A module of this folder registers its architectures with `@family`; dropping in a file is all it
+takes. No torch here.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,20 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
-from salver.model.config_reader import ConfigReader
-from salver.model.spec import ModelSpec
+from ..config_reader import ConfigReader
+from ..spec import ModelSpec
 
 Family = Callable[[ConfigReader], ModelSpec]
 FAMILIES: dict[str, Family] = {}
 
 
-def family(*architectures: str) -> Callable[[Family], Family]:
-    """Registers a function for the names in config.json's `architectures`."""
+def family(architecture: str) -> Callable[[Family], Family]:
+    """Registers a function for a name in config.json's `architectures`."""
 
     def register(function: Family) -> Family:
-        for architecture in architectures:
-            FAMILIES[architecture] = function
+        if architecture in FAMILIES:
+            raise ValueError(f"{architecture} is registered twice")
+        FAMILIES[architecture] = function
         return function
 
     return register

@@ -1,105 +1,121 @@
-"""Llama 1-3, SmolLM and what shares their shape (Touvron et al. 2023)."""
+"""Llama 1-3, SmolLM and all that share their shape (Touvron et al. 2023)."""
 
 from __future__ import annotations
 
-from salver.model.config_reader import ConfigReader
-from salver.model.families import family
-from salver.model.spec import Cat, Copy, ModelSpec, RopeSpec, Source, WeightMap
-
-
-def rope_spec(c: ConfigReader) -> RopeSpec:
-    """From `rope_theta` and `rope_scaling`, or from `rope_parameters`, which later configs use."""
-    parameters = c.section("rope_parameters")
-    scaling = c.section("rope_scaling")
-    theta = c.number("rope_theta", 10000.0)
-    if parameters is not None:
-        theta = parameters.number("rope_theta", theta)
-    section = parameters or scaling
-    if section is None:
-        return RopeSpec(theta)
-    section.only("rope_theta", theta)
-    section.only("partial_rotary_factor", None, 1, 1.0)
-    old_name = section.string("type", "default")
-    kind = section.string("rope_type", old_name)
-    section.choice("rope_type", ("default", "linear", "llama3"), old_name)
-    if kind == "default":
-        spec = RopeSpec(theta)
-    elif kind == "linear":
-        spec = RopeSpec(theta, "linear", section.number("factor"))
-    else:
-        spec = RopeSpec(
-            theta,
-            "llama3",
-            section.number("factor"),
-            section.number("low_freq_factor"),
-            section.number("high_freq_factor"),
-            section.positive("original_max_position_embeddings"),
-        )
-    section.refuse_unknown()
-    return spec
+from ..config_reader import ConfigReader
+from ..spec import Cat, Copy, ModelSpec, NormSpec, RopePositions, Source, WeightMap
+from . import family
 
 
 @family("LlamaForCausalLM")
-def llama_spec(c: ConfigReader) -> ModelSpec:
-    hidden_size, num_heads = c.positive("hidden_size"), c.positive("num_attention_heads")
+def llama(c: ConfigReader) -> ModelSpec:
     c.only("pretraining_tp", 1)
-    c.only("rope_interleaved", False)
-    attention_bias, mlp_bias = c.boolean("attention_bias", False), c.boolean("mlp_bias", False)
-    tied_head = c.boolean("tie_word_embeddings", False)
-    eos = c.token_ids("eos_token_id")
-    bos = c.token_ids("bos_token_id")
-    return ModelSpec(
-        architecture="LlamaForCausalLM",
-        vocab_size=c.positive("vocab_size"),
-        hidden_size=hidden_size,
-        num_layers=c.positive("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=c.positive("num_key_value_heads", num_heads),
-        head_dim=c.positive("head_dim", hidden_size // num_heads),
-        intermediate_size=c.positive("intermediate_size"),
-        max_position_embeddings=c.positive("max_position_embeddings"),
-        norm="rms",
-        norm_eps=c.number("rms_norm_eps"),
-        activation=c.choice("hidden_act", ("silu",), "silu"),
-        gated=True,
-        rope=rope_spec(c),
+    attention_bias = c.boolean("attention_bias", False)
+    return llama_spec(
+        c,
+        "LlamaForCausalLM",
         qkv_bias=attention_bias,
         attention_out_bias=attention_bias,
-        mlp_bias=mlp_bias,
-        tied_head=tied_head,
-        weights=_weights(attention_bias, mlp_bias, tied_head),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=eos,
+        mlp_bias=c.boolean("mlp_bias", False),
     )
 
 
-def _weights(attention_bias: bool, mlp_bias: bool, tied_head: bool) -> WeightMap:
-    layer = "model.layers.{layer}."
+def llama_spec(
+    c: ConfigReader, architecture: str, *, qkv_bias: bool, attention_out_bias: bool, mlp_bias: bool
+) -> ModelSpec:
+    """The common shape: RMSNorm, rotary positions, grouped queries, gated MLP."""
+    hidden_size, num_heads = c.size("hidden_size"), c.size("num_attention_heads")
+    num_kv_heads = c.size("num_key_value_heads", num_heads)
+    if not c.has("head_dim") and hidden_size % num_heads:
+        raise c.error("num_attention_heads", f"({num_heads}) must divide hidden_size ({hidden_size})")
+    head_dim = c.size("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise c.error("head_dim", f"must be even for rotary positions, not {head_dim}")
+    intermediate_size = c.size("intermediate_size")
+    tied_head = c.boolean("tie_word_embeddings", False)
 
-    def cat(*names: str) -> Source:
-        return Cat(tuple(Copy(layer + name) for name in names))
+    def linear(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...], bias: bool) -> dict[str, Source]:
+        found: dict[str, Source] = {}
+        for kind in ("weight", "bias") if bias else ("weight",):
+            copies = tuple(Copy(f"model.layers.{{layer}}.{name}.{kind}") for name in theirs)
+            source = copies[0] if len(copies) == 1 else Cat(copies, sizes)
+            found[f"layers.{{layer}}.{ours}.{kind}"] = source
+        return found
 
+    q, kv = num_heads * head_dim, num_kv_heads * head_dim
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     tensors: dict[str, Source] = {
         "embed.weight": Copy("model.embed_tokens.weight"),
-        "layers.{layer}.attention_norm.weight": Copy(layer + "input_layernorm.weight"),
-        "layers.{layer}.mlp_norm.weight": Copy(layer + "post_attention_layernorm.weight"),
+        "layers.{layer}.attention_norm.weight": Copy("model.layers.{layer}.input_layernorm.weight"),
+        **linear("qkv", projections, (q, kv, kv), qkv_bias),
+        **linear("attention_out", ("self_attn.o_proj",), (hidden_size,), attention_out_bias),
+        "layers.{layer}.mlp_norm.weight": Copy("model.layers.{layer}.post_attention_layernorm.weight"),
+        **linear("up", ("mlp.gate_proj", "mlp.up_proj"), (intermediate_size, intermediate_size), mlp_bias),
+        **linear("down", ("mlp.down_proj",), (hidden_size,), mlp_bias),
         "final_norm.weight": Copy("model.norm.weight"),
     }
-    parts = {
-        "qkv": (attention_bias, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        "out": (attention_bias, ("self_attn.o_proj",)),
-        "up": (mlp_bias, ("mlp.gate_proj", "mlp.up_proj")),
-        "down": (mlp_bias, ("mlp.down_proj",)),
-    }
-    for ours, (has_bias, theirs) in parts.items():
-        for kind in ("weight", "bias") if has_bias else ("weight",):
-            names = [f"{name}.{kind}" for name in theirs]
-            tensors[f"layers.{{layer}}.{ours}.{kind}"] = (
-                cat(*names) if len(names) > 1 else Copy(layer + names[0])
-            )
-    ignored = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
-    if tied_head:
-        ignored.append(r"lm_head\.weight")
-    else:
+    if not tied_head:
         tensors["head.weight"] = Copy("lm_head.weight")
-    return WeightMap(tensors, tuple(ignored))
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=c.size("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=c.size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=c.size("max_position_embeddings"),
+        norm=NormSpec("rms", c.number("rms_norm_eps", 1e-6)),
+        positions=rope_positions(c),
+        activation=c.choice("hidden_act", ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"), "silu"),
+        gated=True,
+        qkv_bias=qkv_bias,
+        attention_out_bias=attention_out_bias,
+        mlp_bias=mlp_bias,
+        tied_head=tied_head,
+        weights=WeightMap(
+            tensors,
+            ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # old transformers saved it
+            duplicates=(("lm_head.weight", "model.embed_tokens.weight"),) if tied_head else (),
+        ),
+        bos_token_id=c.token_id("bos_token_id"),
+        eos_token_ids=c.token_ids("eos_token_id"),
+    )
+
+
+def rope_positions(c: ConfigReader) -> RopePositions:
+    """From `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`."""
+    parameters, old = c.section("rope_parameters"), c.section("rope_scaling")
+    if parameters is not None and old is not None:
+        raise c.error("rope_scaling", "stands beside rope_parameters; one of them was expected")
+    theta_of = parameters if parameters is not None and parameters.has("rope_theta") else c
+    theta = theta_of.number("rope_theta", 10000.0)
+    if theta_of is not c:
+        c.only("rope_theta", theta)
+    section = parameters or old
+    if section is None:
+        return RopePositions(theta)
+    section.only("partial_rotary_factor", 1.0)
+    section.only("rope_theta", theta)
+    kinds = ("default", "linear", "llama3")
+    # Before `rope_type` it was called `type`; some checkpoints hold both.
+    kind = section.choice("rope_type", kinds, section.choice("type", kinds, "default"))
+    if kind == "linear":
+        positions = RopePositions(theta, kind, factor=section.number("factor"))
+    elif kind == "llama3":
+        positions = RopePositions(
+            theta,
+            kind,
+            factor=section.number("factor"),
+            low_freq_factor=section.number("low_freq_factor"),
+            high_freq_factor=section.number("high_freq_factor"),
+            original_max_position_embeddings=section.size("original_max_position_embeddings"),
+        )
+        if positions.high_freq_factor <= positions.low_freq_factor:
+            raise section.error("high_freq_factor", "must be above low_freq_factor")
+    else:
+        positions = RopePositions(theta)
+        section.only("factor", 1.0)
+    section.refuse_unread()
+    return positions

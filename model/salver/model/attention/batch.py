@@ -1,0 +1,42 @@
+"""What attention needs to know of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class AttentionBatch:
+    """The sequences of a flat, padding-free step of N rows.
+
+    Attributes:
+        cu_seqlens_q: [S + 1]; the query rows of sequence s are cu[s]:cu[s+1], at least one each.
+            Rows past cu[S] are padding: neither stored nor attended, their output is finite.
+        seq_lens: [S] keys of each sequence after this step; its queries are its last positions.
+        block_tables: int64 [S, max_blocks], padded with 0.
+        slot_mapping: int64 [N], block * block_size + offset.
+    """
+
+    cu_seqlens_q: list[int]
+    seq_lens: list[int]
+    block_tables: Tensor
+    slot_mapping: Tensor
+    _derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that are not padding."""
+        return self.cu_seqlens_q[-1]
+
+    def derive(self, build: Callable[[AttentionBatch], _T]) -> _T:
+        """`build(self)`, computed once for all layers of the step."""
+        if build not in self._derived:
+            self._derived[build] = build(self)
+        value: _T = self._derived[build]
+        return value
