@@ -33,7 +33,7 @@ class About:
 async def _ask_about(address: str) -> About:
     async with AsyncClient(address) as client:
         info = await client.server_info()
-        model = (await client.list_models())[0]
+        model = await client.get_model()
     return About(
         version=info.version,
         device=info.device,
@@ -42,7 +42,7 @@ async def _ask_about(address: str) -> About:
         numerics_id=info.numerics_id,
         vocab_size=model.vocab_size,
         max_model_len=model.max_model_len,
-        phases=tuple((phase.name, phase.seconds) for phase in info.startup_phases),
+        phases=tuple(info.startup_phases.items()),
     )
 
 
@@ -57,16 +57,17 @@ def about(server: Server) -> About:
 async def _stream(client: AsyncClient, request: BenchRequest, started: float) -> Trace:
     trace = Trace([], [])
     stream = client.stream_generate(
-        token_ids=list(request.prompt),
+        request.prompt,
         temperature=0.0,
         max_tokens=request.max_tokens,
         ignore_eos=True,
         timeout=TIMEOUT,
     )
-    async for delta in stream:
-        if delta.token_ids:
-            trace.arrivals.append((time.perf_counter() - started, len(delta.token_ids)))
-            trace.token_ids.extend(delta.token_ids)
+    async for message in stream:
+        for delta in message.completions:  # one sample was asked for, so at most one
+            if delta.token_ids:
+                trace.arrivals.append((time.perf_counter() - started, len(delta.token_ids)))
+                trace.token_ids.extend(delta.token_ids)
     return trace
 
 
