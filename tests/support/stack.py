@@ -1,0 +1,121 @@
+"""Drives the model without the engine: sequences in a paged cache, steps of any mixture."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from salver.model.attention import AttentionBatch
+from salver.model.cache import KVCache
+from salver.model.loader import load_model
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 4
+
+
+class Stack:
+    """A loaded checkpoint with a small cache; sequences are known by their number."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        numerics: str = "exact",
+        num_blocks: int = 400,
+    ) -> None:
+        self.model = load_model(checkpoint, device=CPU, dtype=dtype, numerics=numerics)
+        self.cache = KVCache(self.model.spec, num_blocks, BLOCK_SIZE, dtype=dtype, device=CPU)
+        self.free = list(range(1, num_blocks))
+        random.Random(0).shuffle(self.free)
+        self.tables: dict[int, list[int]] = {}
+        self.lengths: dict[int, int] = {}
+
+    @torch.inference_mode()
+    def step(self, parts: Sequence[tuple[int, Sequence[int]]], padding: int = 0) -> list[Tensor]:
+        """Appends tokens to sequences, all in one step; gives the logits [n, vocab] of each part."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        bounds = [0]
+        for sequence, tokens in parts:
+            table = self.tables.setdefault(sequence, [])
+            begin = self.lengths.get(sequence, 0)
+            end = self.lengths[sequence] = begin + len(tokens)
+            while len(table) * BLOCK_SIZE < end:
+                table.append(self.free.pop())
+            token_ids += tokens
+            positions += range(begin, end)
+            slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(begin, end)]
+            bounds.append(len(token_ids))
+        tables = [self.tables[sequence] for sequence, _ in parts]
+        widest = max(map(len, tables))
+        batch = AttentionBatch(
+            cu_seqlens_q=bounds,
+            seq_lens=[self.lengths[sequence] for sequence, _ in parts],
+            block_tables=torch.tensor([table + [0] * (widest - len(table)) for table in tables]),
+            slot_mapping=torch.tensor(slots + [i % BLOCK_SIZE for i in range(padding)]),
+        )
+        hidden = self.model(
+            torch.tensor(token_ids + [0] * padding),
+            torch.tensor(positions + [0] * padding),
+            self.cache,
+            batch,
+        )
+        assert bool(torch.isfinite(hidden[bounds[-1] :]).all())
+        return [self.model.logits(hidden[a:b]) for a, b in itertools.pairwise(bounds)]
+
+    def end(self, sequence: int) -> None:
+        """Frees the sequence's blocks; what is in them stays."""
+        self.free += self.tables.pop(sequence)
+        del self.lengths[sequence]
+
+    def logits(self, tokens: Sequence[int], chunk: int | None = None) -> Tensor:
+        """[n, vocab] of a sequence alone, `chunk` tokens a step."""
+        chunk = chunk or len(tokens)
+        found = [self.step([(-1, tokens[i : i + chunk])])[0] for i in range(0, len(tokens), chunk)]
+        self.end(-1)
+        return torch.cat(found)
+
+    def greedy(self, prompt: Sequence[int], count: int, chunk: int | None = None) -> list[int]:
+        """The tokens that follow, one step each."""
+        chunk = chunk or len(prompt)
+        for begin in range(0, len(prompt), chunk):
+            row = self.step([(-1, prompt[begin : begin + chunk])])[0][-1]
+        tokens = [int(row.argmax())]
+        while len(tokens) < count:
+            tokens.append(int(self.step([(-1, tokens[-1:])])[0][-1].argmax()))
+        self.end(-1)
+        return tokens
+
+    def greedy_together(self, prompts: Sequence[Sequence[int]], count: int, chunk: int) -> list[list[int]]:
+        """All at once, prompts beginning in turn: steps mix chunks of prompts with single tokens."""
+        waiting = [list(prompt) for prompt in prompts]
+        found: list[list[int]] = [[] for _ in prompts]
+        step = 0
+        while any(len(tokens) < count for tokens in found):
+            parts = []
+            for sequence, prompt in enumerate(waiting[: step + 1]):
+                if prompt:
+                    parts.append((sequence, prompt[:chunk]))
+                    del prompt[:chunk]
+                elif len(found[sequence]) < count:
+                    parts.append((sequence, found[sequence][-1:]))
+            for (sequence, _), logits in zip(parts, self.step(parts, padding=step % 3), strict=True):
+                if not waiting[sequence]:
+                    found[sequence].append(int(logits[-1].argmax()))
+            step += 1
+        for sequence in range(len(prompts)):
+            self.end(sequence)
+        return found
+
+
+def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Token ids, the same for the same seed."""
+    draw = random.Random(seed)
+    return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
