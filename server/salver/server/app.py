@@ -25,6 +25,7 @@ from salver.model.chat_template import ChatTemplate, ChatTemplateError
 from salver.model.checkpoint import resolve_checkpoint, weights_digest
 from salver.model.config_reader import read_spec
 from salver.model.errors import CheckpointError
+from salver.model.precision import default_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.tokenizer import Tokenizer
 from salver.server.admission import Admission
@@ -145,7 +146,8 @@ def find_checkpoint(config: ServerConfig) -> tuple[Path, str]:
                 f"MODEL {source!r} is neither a catalog name ({', '.join(sorted(CATALOG))}) nor a checkpoint "
                 "directory nor a .gguf file"
             )
-        checkpoint = resolve_checkpoint(source, cache, config.dtype, _say)
+        dtype = default_dtype_name(config.device) if config.dtype == "auto" else config.dtype
+        checkpoint = resolve_checkpoint(source, cache, dtype, _say)
         return checkpoint, weights_digest(checkpoint, cache)
     except (CatalogError, CheckpointError) as error:
         raise StartError(str(error)) from error

@@ -169,6 +169,9 @@ class Metrics:
         self._generation_tokens = counter("generation_tokens_total", "Tokens generated.")
         self._batch_tokens = histogram("batch_tokens", "Tokens computed in a step.", TOKEN_BUCKETS)
         self._step_duration = histogram("step_duration_seconds", "Duration of a step.", STEP_BUCKETS)
+        self._step_model_duration = histogram(
+            "step_model_duration_seconds", "Of a step, inside the model's forward pass.", STEP_BUCKETS
+        )
 
         rejections = Counter(
             "salver_rejections_total", "Requests refused for want of capacity.", ["model", "reason"],
@@ -246,6 +249,7 @@ class Metrics:
         if message.stats is not None and message.stats.num_tokens:
             self._batch_tokens.observe(message.stats.num_tokens)
             self._step_duration.observe(message.stats.duration)
+            self._step_model_duration.observe(message.stats.model_duration)
 
 
 def _method_labels(method: str, request_streams: bool, response_streams: bool) -> tuple[str, str, str]:

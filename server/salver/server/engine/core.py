@@ -186,6 +186,7 @@ class EngineCore:
                     token_ids,
                     logprobs,
                     row.prompt_logprobs,
+                    num_cached_tokens=sequence.num_cached_tokens,
                 )
             )
 

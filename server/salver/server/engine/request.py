@@ -106,7 +106,7 @@ class SequenceOutput:
     logprobs: list[Logprobs] | None = None  # one per token, when asked for
     prompt_logprobs: list[Logprobs] | None = None  # of positions in order, as chunks are computed
     finish_reason: FinishReason | None = None
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set when it ends
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     timings: SequenceTimings | None = None  # set when it ends
     error: str = ""
 
