@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,8 @@ class Server:
 
     def __init__(self, model: str, *flags: str, env: dict[str, str] | None = None) -> None:
         command = [SALVER, "serve", model, "--port", "0", "--metrics-port", "0", *flags]
+        if setpriv := shutil.which("setpriv"):  # nothing outlives tests that are killed
+            command = [setpriv, "--pdeathsig", "KILL", *command]
         environment = {**os.environ, "SALVER_CHECK_INTEGRITY": "1", **(env or {})}
         self.process = subprocess.Popen(
             command,
