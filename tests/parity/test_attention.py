@@ -89,9 +89,9 @@ def test_exact_float32_does_not_depend_on_the_company() -> None:
 
 def test_a_nan_stays_with_its_sequence() -> None:
     """Not even through a block that is used again, or through the null block."""
-    query, cache, batch = make_step([(9, 9), (20, 1)], (6, 2), torch.float32, 2)
+    query, cache, batch = make_step([(9, 1), (20, 1), (30, 30)], (6, 2), torch.float32, 2)
     cache.data.fill_(float("nan"))
-    cache.data[:, batch.block_tables[1]] = 1.0
+    cache.data[:, [*batch.block_tables[0, :1].tolist(), *batch.block_tables[1, :3].tolist()]] = 1.0
     cache.begin_step(batch)
     rows = torch.ones(query.shape[0], 2, HEAD_DIM)
     for layer in range(2):

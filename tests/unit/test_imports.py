@@ -19,9 +19,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOTS = [REPOSITORY / name for name in ("protos", "client", "model", "server")]
 ENGINE = "salver.server.engine"
-WORKER = tuple(f"{ENGINE}.{name}" for name in ("batch", "runner", "core", "worker"))
+WORKER = tuple(f"{ENGINE}.{name}" for name in ("batch", "runner", "startup", "worker"))
 PURE = tuple(
-    f"{ENGINE}.{name}" for name in ("request", "config", "errors", "sequence", "blocks", "scheduler")
+    f"{ENGINE}.{name}"
+    for name in ("request", "config", "errors", "sequence", "blocks", "scheduler", "core", "inline")
 )
 # Of salver.model, what the front process uses.
 MODEL_FRONT = tuple(
