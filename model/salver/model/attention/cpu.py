@@ -7,7 +7,6 @@ length; longer chunks sequence by sequence. All indices and masks are made once 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +17,8 @@ from .batch import AttentionBatch
 
 BUCKET_WASTE = 0.75  # no sequence of a bucket is shorter than this share of its longest ...
 BUCKET_SLACK = 64  # ... or than that less so many tokens, so that short ones are not scattered
-BUCKET_TOKENS = 16384  # bounds the gathered copy, which should stay in the processor's cache
+BUCKET_TOKENS = 2048  # bounds the gathered copy, which should stay in the processor's cache: 15% of a step
 EXACT_ROWS = 128  # query rows at a time where whole score matrices are made
-
-
-class _Geometry(NamedTuple):
-    """What of the cache the plans depend on."""
-
-    num_kv_heads: int
-    block_size: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class _Chunk:
     end: int
     length: int
     index: Tensor
-    future: Tensor | None  # bool [end - begin, length], True is hidden; None: the chunk is the whole sequence
+    bias: Tensor | None  # [end - begin, length]: -inf in the future; None: the chunk is the whole sequence
 
 
 @dataclass(frozen=True)
@@ -61,15 +53,14 @@ class GatheringAttention:
     def __init__(self, *, exact: bool) -> None:
         self.exact = exact
         self._scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._planners: dict[int, _Planner] = {}
+        self._planner: _Planner | None = None
 
     def __call__(
         self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scale: float
     ) -> Tensor:
-        planner = self._planners.get(id(cache))
-        if planner is None or planner.cache is not cache:
-            planner = self._planners[id(cache)] = _Planner(cache)
-        plan = batch.derive(planner.plan)
+        if self._planner is None or self._planner.cache is not cache:
+            self._planner = _Planner(cache)
+        plan = batch.derive(self._planner.plan)
         if not plan.chunks and len(plan.buckets) == 1 and plan.buckets[0].rows is None:
             return self._decode(query, cache, layer, plan.buckets[0], scale)
         num_rows, num_heads, head_dim = query.shape
@@ -140,8 +131,8 @@ class GatheringAttention:
             rows[None],
             keys[None],
             values[None],
-            attn_mask=None if chunk.future is None else ~chunk.future,
-            is_causal=chunk.future is None,
+            attn_mask=chunk.bias,
+            is_causal=chunk.bias is None,
             scale=scale,
             enable_gqa=True,
         )
@@ -230,8 +221,10 @@ class _Planner:
         length = batch.seq_lens[sequence]
         num_blocks = -(-length // self.cache.block_size)
         index = self.cache.block_row_index(batch.block_tables[sequence : sequence + 1, :num_blocks])
-        future = None
+        bias = None
         if end - begin < length:
             positions = torch.arange(length, device=index.device)
             future = positions > positions[length - (end - begin) :, None]
-        return _Chunk(begin, end, length, index.flatten(), future)
+            bias = torch.zeros(future.shape, dtype=self.cache.data.dtype, device=index.device)
+            bias.masked_fill_(future, float("-inf"))
+        return _Chunk(begin, end, length, index.flatten(), bias)
