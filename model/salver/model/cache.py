@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,13 +30,8 @@ class KVCache:
         self.block_size = block_size
         self.num_kv_heads = spec.num_kv_heads
         self.head_dim = spec.head_dim
-        # Zeros, not empty: attention multiplies what it masks by zero, which NaN would survive.
-        # Where the system maps zero pages lazily, unused blocks take no memory.
-        self.data = torch.zeros(
-            (spec.num_layers, num_blocks, 2, spec.num_kv_heads, block_size, spec.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (spec.num_layers, num_blocks, 2, spec.num_kv_heads, block_size, spec.head_dim)
+        self.data = _zeros(shape, dtype, device)
         rows = num_blocks * 2 * spec.num_kv_heads
         self._by_block_row = list(self.data.view(spec.num_layers, rows, block_size * spec.head_dim).unbind(0))
         self._by_token_row = list(self.data.view(spec.num_layers, rows * block_size, spec.head_dim).unbind(0))
@@ -94,3 +91,15 @@ class KVCache:
         key_rows = (block * (2 * self.num_kv_heads) + heads) * self.block_size + offset
         value_rows = key_rows + self.num_kv_heads * self.block_size
         return key_rows.flatten(), value_rows.flatten()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not empty memory: attention multiplies what it masks by zero, which NaN would survive.
+
+    On the CPU by the system's zero pages, through numpy: torch.zeros writes them, and blocks that
+    nobody has used yet would be resident.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    data = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(data).view(dtype).view(shape)

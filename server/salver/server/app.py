@@ -270,6 +270,7 @@ class Application:
             loaded = await _in_daemon_thread(lambda: load_front(checkpoint))
             front_seconds = time.monotonic() - started
             ready = await starting
+            ready_at = time.monotonic()
         except EngineStartError as error:
             raise StartError(str(error)) from error
         finally:
@@ -277,18 +278,15 @@ class Application:
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
         phases.add("load the tokenizer (beside)", front_seconds)
-        until_torch = 0.0
-        seconds_so_far = 0.0
+        after_torch = 0.0
         for name, seconds in ready.phases:
             phases.add(name, seconds)
-            seconds_so_far += seconds
-            if "torch" in name:
-                until_torch = seconds_so_far
+            after_torch = 0.0 if name == "import torch" else after_torch + seconds
         model = self._served_model(loaded, ready, digest)
         self.admission.places = ready.max_num_seqs
         self.front.serve(model, self.engine)
         self.rpc.health.set_ready(True)
-        phases.add("since torch was imported", time.monotonic() - started - until_torch)
+        phases.add("since torch was imported", after_torch + time.monotonic() - ready_at)
         phases.add("since the process started", _process_age())
         self._describe(ready, model.limits)
 

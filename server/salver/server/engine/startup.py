@@ -22,7 +22,7 @@ from salver.server.engine.status_page import StatusPage
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK_SIZE = 16
 DEFAULT_NUM_SEQS = {"cpu": 32, "cuda": 256}
-CPU_CACHE_BYTES = 256 << 20  # at least, and enough for one whole context
+CPU_CACHE_BYTES = 192 << 20  # at least, and enough for one whole context
 STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
 WARM_UP_TOKENS = 128
 
@@ -32,13 +32,13 @@ class StartError(Exception):
 
 
 def start_engine(
-    config: EngineConfig, page: StatusPage, phases: list[tuple[str, float]]
+    config: EngineConfig, page: StatusPage, phases: list[tuple[str, float]], begin: float
 ) -> tuple[EngineCore, Ready]:
     """Loads the checkpoint and makes a core ready to step.
 
-    `phases` holds what the caller has timed so far. Raises StartError.
+    `phases` holds what the caller has timed, up to `begin` (of time.perf_counter). Raises StartError.
     """
-    timer = _PhaseTimer(phases, page)
+    timer = _PhaseTimer(phases, page, begin)
     device = _device(config)
     threads = _threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
@@ -104,10 +104,10 @@ def start_engine(
 class _PhaseTimer:
     """Times the parts of the start and gives a sign of life after each."""
 
-    def __init__(self, phases: list[tuple[str, float]], page: StatusPage) -> None:
+    def __init__(self, phases: list[tuple[str, float]], page: StatusPage, begin: float) -> None:
         self._phases = phases
         self._page = page
-        self._begin = time.perf_counter()
+        self._begin = begin
 
     def done(self, name: str) -> None:
         now = time.perf_counter()

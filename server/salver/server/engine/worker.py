@@ -43,11 +43,11 @@ def _serve(channel: Channel, page: StatusPage) -> int:
     begin = time.perf_counter()
     import torch  # noqa: F401
 
-    imported = time.perf_counter() - begin
+    imported = time.perf_counter()
     from salver.server.engine.startup import StartError, start_engine
 
     try:
-        core, ready = start_engine(config, page, phases=[("import torch", imported)])
+        core, ready = start_engine(config, page, [("import torch", imported - begin)], imported)
     except StartError as error:
         channel.send(Failed(str(error)))
         return 1
