@@ -28,6 +28,9 @@ PROJECT := pyproject.toml protos/generate.py $(wildcard protos/salver/v1/*.proto
 # The outside tools where .ci/run puts them.
 BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 
+# The contract as last released, which today's must stay compatible with.
+RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
+
 .PHONY: help run test check bench protos tools clean
 .DEFAULT_GOAL := help
 
@@ -47,6 +50,7 @@ check: $(VENV)/.dev ## ruff, mypy, and buf lint where buf is installed
 	$(BIN)/mypy
 ifneq ($(BUF),)
 	$(BUF) lint protos
+	$(BUF) breaking protos --against $(RELEASED)
 else
 	@test "$$SALVER_REQUIRE_TOOLS" != 1 || { echo 'buf is missing and SALVER_REQUIRE_TOOLS=1' >&2; exit 1; }
 	@echo 'buf is not installed: the .proto files are not linted'

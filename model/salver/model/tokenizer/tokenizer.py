@@ -66,7 +66,10 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. Special tokens spelled in it are recognized, as in transformers."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch of one: `encode` would hold the interpreter's lock for as long as it takes.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
         """(id, start, end) of each token of `text`, in code points.
@@ -74,7 +77,7 @@ class Tokenizer:
         start equals end for a token that stands for no text; the tokens that share one character
         each have that whole character.
         """
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return [(index, *span) for index, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(

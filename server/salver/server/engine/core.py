@@ -135,12 +135,16 @@ class EngineCore:
             stats = StepStats(
                 schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration
             )
-        if self.limits.check_integrity or not self.scheduler.has_work:
+        if self.limits.check_integrity:
             self.scheduler.check_integrity()
         pending, self._pending = self._pending, _Pending()
         if not (pending.outputs or pending.started or stats):
             return None
         return StepMessage(pending.outputs, pending.started, stats)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every block is accounted for. For idle moments: it looks at all."""
+        self.scheduler.check_integrity()
 
     def _refusal(self, request: EngineRequest) -> str:
         prompt, output = len(request.prompt_token_ids), max(map(len, request.outputs), default=0)

@@ -54,14 +54,14 @@ def start_engine(
     spec = model.spec
     max_model_len = _max_model_len(config, spec)
     block_size = config.block_size or BLOCK_SIZE
-    num_blocks = _num_blocks(config, spec, dtype, device, block_size, max_model_len)
+    max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
+    num_blocks = _num_blocks(config, spec, dtype, device, block_size, max_model_len, max_num_seqs)
     try:
         cache = KVCache(spec, num_blocks, block_size, dtype=dtype, device=device)
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     runner = ModelRunner(model, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump)
     timer.done("allocate cache")
-    max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
     budget = config.max_num_batched_tokens or _token_budget(runner, max_num_seqs, max_model_len)
     if budget < max_num_seqs:
         raise StartError(
@@ -82,7 +82,7 @@ def start_engine(
     ready = Ready(
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
         numerics_id=numerics_id(
             model,
             weights_digest=config.weights_digest,
@@ -150,16 +150,18 @@ def _num_blocks(
     device: torch.device,
     block_size: int,
     max_model_len: int,
+    max_num_seqs: int,
 ) -> int:
-    """Blocks that fit in the cache's memory, the null block among them."""
+    """Blocks that fit in the cache's memory, the null block among them; unasked, no more than can be used."""
     per_block = KVCache.bytes_per_block(spec, block_size, dtype)
     whole_context = (-(-max_model_len // block_size) + 1) * per_block
+    most = max_num_seqs * whole_context
     if config.kv_cache_memory is not None:
         memory = config.kv_cache_memory
     elif device.type == "cuda":
-        memory = int(torch.cuda.mem_get_info(device)[0] * 0.85)
+        memory = min(int(torch.cuda.mem_get_info(device)[0] * 0.85), most)
     else:
-        memory = max(CPU_CACHE_BYTES, whole_context)
+        memory = max(min(CPU_CACHE_BYTES, most), whole_context)
     blocks = memory // per_block
     if blocks < 2:
         raise StartError(

@@ -65,8 +65,13 @@ def _first_message(channel: Channel) -> EngineConfig:
 
 
 def _loop(channel: Channel, page: StatusPage, core: EngineCore) -> None:
+    checked = core.steps
     while True:
-        for message in channel.poll(timeout=0.0 if core.has_work else IDLE_TICK):
+        messages = channel.poll(timeout=0.0 if core.has_work else IDLE_TICK)
+        if not messages and not core.has_work and checked != core.steps:
+            core.check_integrity()  # idle for a tick, so that nobody waits for it
+            checked = core.steps
+        for message in messages:
             match message:
                 case Submit(request):
                     core.add(request)
