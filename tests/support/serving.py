@@ -46,7 +46,14 @@ class Server:
         command = [SALVER, "serve", model, "--port", "0", "--metrics-port", "0", *flags]
         if setpriv := shutil.which("setpriv"):  # nothing outlives tests that are killed
             command = [setpriv, "--pdeathsig", "KILL", *command]
-        environment = {**os.environ, "SALVER_CHECK_INTEGRITY": "1", **(env or {})}
+        # Passive: the tests, the front and other servers share the cores with the worker's threads, and
+        # OpenMP's spinning barriers then cost ten times the work.
+        environment = {
+            **os.environ,
+            "SALVER_CHECK_INTEGRITY": "1",
+            "OMP_WAIT_POLICY": "passive",
+            **(env or {}),
+        }
         self.process = subprocess.Popen(
             command,
             env=environment,
