@@ -22,12 +22,12 @@ def follow(server: subprocess.Popen[str], serving: threading.Event) -> None:
     serving.set()
 
 
-def ask(address: str, question: str) -> int:
-    """Put a question through the client and let it stream the answer to the terminal."""
-    print(f"\n$ salver chat --address {address} {question!r}", flush=True)
-    return subprocess.run(
-        [SALVER, "chat", "--address", address, question], stdin=subprocess.DEVNULL
-    ).returncode
+def ask(address: str, question: str) -> subprocess.Popen[bytes]:
+    """Put a question through the client, which streams the answer to the terminal."""
+    print(f"\n$ salver chat --address {address} --temperature 0 {question!r}", flush=True)
+    return subprocess.Popen(
+        [SALVER, "chat", "--address", address, "--temperature", "0", question], stdin=subprocess.DEVNULL
+    )
 
 
 def main() -> int:
@@ -48,10 +48,12 @@ def main() -> int:
     )
 
     ending = threading.Event()
+    asking: list[subprocess.Popen[bytes]] = []
 
     def end(signum: int, frame: object) -> None:
         ending.set()
-        server.terminate()
+        for process in (*asking, server):
+            process.terminate()
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, end)
@@ -60,9 +62,10 @@ def main() -> int:
     follower.start()
     serving.wait()
     failed = 0
-    if server.poll() is None:
+    if server.poll() is None and not ending.is_set():
         host = "127.0.0.1" if args.host in ("0.0.0.0", "::", "[::]") else args.host
-        failed = ask(f"{host}:{args.port}", args.question)
+        asking.append(ask(f"{host}:{args.port}", args.question))
+        failed = asking[0].wait()
         if ending.is_set():
             failed = 0
         elif failed:

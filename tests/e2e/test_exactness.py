@@ -30,11 +30,11 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-def requests(max_tokens: int, **more: Any) -> list[Any]:
-    """One request for every way of sampling, over prompts from a few tokens to many."""
+def requests(max_tokens: int, lengths: int = 4, **more: Any) -> list[Any]:
+    """One request for every way of sampling, over prompts from a few tokens to `lengths` - 1 passages."""
     return [
         calls.generate_request(
-            f"Chapter {i}. " + PASSAGE * (i % 4),
+            f"Chapter {i}. " + PASSAGE * (i % lengths),
             max_tokens=max_tokens,
             seed=1000 + i,
             ignore_eos=True,
@@ -156,12 +156,15 @@ def test_smollm2_after_a_prefix_cache_hit(server: Server, smollm2_truth: Answers
 
 
 def test_smollm2_in_chunks_and_preempted(
-    start_server: Callable[..., Server], smollm2_gguf: Path, smollm2_truth: Answers
+    start_server: Callable[..., Server], server: Server, smollm2_truth: Answers
 ) -> None:
-    # Float32: 46,080 bytes a token; room for about 300 tokens, where seven want more.
-    server = start_server(
+    # Float32: 46,080 bytes a token; room for 20 blocks of 16 tokens.
+    small = start_server(
         "smollm2", "--threads", "2", "--max-num-batched-tokens", "64", "--kv-cache-memory", str(320 * 46080)
     )
-    assert together(server, smollm2_requests(), others=16) == smollm2_truth
-    server.wait_idle()
-    assert total(server.metrics(), "salver_preemptions_total") > 0
+    assert together(small, smollm2_requests(), others=16) == smollm2_truth
+    # Seven that start with a block each, find one more left for each, and grow to four.
+    growing = requests(48, lengths=1)[:7]
+    assert together(small, growing) == together(server, growing)
+    small.wait_idle()
+    assert total(small.metrics(), "salver_preemptions_total") > 0

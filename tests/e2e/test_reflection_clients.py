@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,14 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def camel(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object with protobuf's JSON names: older grpcurls print the names of the .proto file."""
+    return {re.sub("_([a-z])", lambda m: m.group(1).upper(), name): value for name, value in pairs}
+
+
 def objects(text: str) -> list[dict[str, Any]]:
     """The JSON objects of `text`, one after the other."""
-    decoder, found, at = json.JSONDecoder(), [], 0
+    decoder, found, at = json.JSONDecoder(object_pairs_hook=camel), [], 0
     while at < len(text.rstrip()):
         value, end = decoder.raw_decode(text, at)
         found.append(value)

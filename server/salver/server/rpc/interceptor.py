@@ -131,7 +131,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if failure.code is grpc.StatusCode.INTERNAL:
                     log_event(
                         _log, logging.ERROR, "request failed",
-                        exc_info=error, method=method, request_id=request_id,
+                        method=method, request_id=request_id, reason=str(error),
                     )  # fmt: skip
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise

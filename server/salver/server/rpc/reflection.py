@@ -34,6 +34,7 @@ def _register_v1() -> None:
 
 def _rename(file: descriptor_pb2.FileDescriptorProto) -> None:
     file.name, file.package = _V1_FILE, "grpc.reflection.v1"
+    file.ClearField("options")  # where other languages put their v1alpha stubs
     for message in file.message_type:
         for field in message.field:
             if not field.type_name:
