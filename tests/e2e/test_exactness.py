@@ -30,11 +30,11 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-def requests(max_tokens: int, lengths: int = 4, **more: Any) -> list[Any]:
-    """One request for every way of sampling, over prompts from a few tokens to `lengths` - 1 passages."""
+def requests(max_tokens: int, **more: Any) -> list[Any]:
+    """One request for every way of sampling, over prompts from a few tokens to many."""
     return [
         calls.generate_request(
-            f"Chapter {i}. " + PASSAGE * (i % lengths),
+            f"Chapter {i}. " + PASSAGE * (i % 4),
             max_tokens=max_tokens,
             seed=1000 + i,
             ignore_eos=True,
@@ -43,6 +43,12 @@ def requests(max_tokens: int, lengths: int = 4, **more: Any) -> list[Any]:
         )
         for i, way in enumerate(WAYS)
     ]
+
+
+def growing(samples: int, max_tokens: int) -> list[Any]:
+    """Samples that start together with a block of the cache each, and grow."""
+    fields: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+    return [calls.generate_request("Chapter 1.", n=samples, **fields)]
 
 
 def company(count: int) -> list[Any]:
@@ -123,12 +129,15 @@ def test_without_prefix_caching(
         assert not any(reply.usage.cached_tokens for reply in replies)
 
 
-def test_after_preemption(checkpoint: Path, start_server: Callable[..., Server], truth: Answers) -> None:
-    # Room for about 1000 tokens, where the batch wants 4000.
+def test_after_preemption(
+    checkpoint: Path, start_server: Callable[..., Server], plain: Server, truth: Answers
+) -> None:
+    # Room for about 1000 tokens, where the batch wants 4000 and the samples want 1700.
     per_token = 16384 // 16 if "gpt2" in checkpoint.name else 8192 // 16
     server = start_server(checkpoint, "--kv-cache-memory", str(1000 * per_token), "--max-num-seqs", "32")
     for round_ in range(2):
         assert together(server, requests(48, cache_salt=str(round_)), others=22) == truth
+    assert alone(server, growing(16, 96)) == alone(plain, growing(16, 96))
     server.wait_idle()
     assert total(server.metrics(), "salver_preemptions_total") > 0
 
@@ -163,8 +172,6 @@ def test_smollm2_in_chunks_and_preempted(
         "smollm2", "--threads", "2", "--max-num-batched-tokens", "64", "--kv-cache-memory", str(320 * 46080)
     )
     assert together(small, smollm2_requests(), others=16) == smollm2_truth
-    # Seven that start with a block each, find one more left for each, and grow to four.
-    growing = requests(48, lengths=1)[:7]
-    assert together(small, growing) == together(server, growing)
+    assert alone(small, growing(8, 48)) == alone(server, growing(8, 48))
     small.wait_idle()
     assert total(small.metrics(), "salver_preemptions_total") > 0
