@@ -34,7 +34,7 @@ from salver.server.engine.request import (
 )
 from salver.server.engine.status_page import StatusPage
 
-READY = Ready("cpu", "float32", "none", "fake", 1, 64, 16, 1024, 8, 512, (("load", 0.0),))
+READY = Ready("cpu", "float32", "torch", "none", "fake", 1, 64, 16, 1024, 8, 512, (("load", 0.0),))
 
 
 class Sample:

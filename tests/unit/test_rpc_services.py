@@ -164,7 +164,7 @@ class Service:
         self.health: Any = health_pb2_grpc.HealthStub(self.channel)
 
     def serve(self) -> None:
-        ready = Ready("cpu", "float32", "2.13", "numerics-1", 1234, 17, 16, 200, 8, 64, ())
+        ready = Ready("cpu", "float32", "torch", "2.13", "numerics-1", 1234, 17, 16, 200, 8, 64, ())
         limits = RequestLimits(
             max_model_len=200, cache_tokens=256, vocab_size=VOCAB, max_num_seqs=8, max_num_batched_tokens=64,
             max_samples=4, max_queued_requests=self.config.max_queued_requests,

@@ -28,7 +28,7 @@ LIMITS = RequestLimits(
     max_model_len=100, cache_tokens=160, vocab_size=50, max_num_seqs=8, max_num_batched_tokens=64,
     max_samples=4, max_queued_requests=10, max_queued_tokens=1000, max_message_bytes=1 << 20,
 )  # fmt: skip
-READY = Ready("cpu", "float32", "2", "ours", 1, 11, 16, 100, 8, 64, ())
+READY = Ready("cpu", "float32", "torch", "2", "ours", 1, 11, 16, 100, 8, 64, ())
 MODEL = ServedModel(
     "m", "LlamaForCausalLM", cast(Any, SimpleNamespace(eos_token_ids=(2,))), None, READY, "", LIMITS
 )

@@ -12,7 +12,7 @@ from .precision import default_dtype_name
 from .transformer import Transformer
 
 # Raise it with any change of the computation that can change a token.
-NUMERICS_REVISION = 1
+NUMERICS_REVISION = 2
 ROW_MULTIPLES = (1, 2, 4, 8, 16)
 # Numbers of rows that the probe compares: the kernels' choices change among the small ones.
 _PROBED_ROWS = (*range(1, 17), 20, 24, 32, 40, 48)
@@ -59,22 +59,34 @@ def _holds(row: Tensor, weight: Tensor, bias: Tensor | None, expected: Tensor, m
     return True
 
 
-def promise(numerics: str, dtype: torch.dtype) -> str:
+def promise(numerics: str, dtype: torch.dtype, native: bool) -> str:
     """What the same request and `numerics_id` promise, in a word.
 
+    "bits": the same logits to the last bit, whoever shares the batch, however the prompt is cut into
+    chunks and whatever came from the cache.
     "tokens": the same tokens, whoever shares the batch and however the prompt is cut into chunks.
     "none": products and attention may round otherwise in another batch, and in half precision
     that shows in the tokens now and then.
     """
+    if native:
+        return "bits"
     return "tokens" if numerics == "exact" and dtype == torch.float32 else "none"
 
 
 def numerics_id(
-    model: Transformer, *, weights_digest: str, numerics: str, threads: int, row_multiple: int
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    weights_digest: str,
+    numerics: str,
+    threads: int,
+    row_multiple: int,
+    kernel: str,
 ) -> str:
-    """The promise and a digest of all that the numbers depend on, such as tokens-3fa9c2d10b7e4a55."""
-    weight = model.embed.weight
-    device = weight.device
+    """The promise and a digest of all that the numbers depend on, such as tokens-3fa9c2d10b7e4a55.
+
+    `kernel` is the native kernel's digest, or empty for plain torch.
+    """
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
     else:
@@ -82,13 +94,14 @@ def numerics_id(
     facts = (
         f"revision={NUMERICS_REVISION}",
         f"weights={weights_digest}",
-        f"dtype={str(weight.dtype).removeprefix('torch.')}",
+        f"dtype={str(dtype).removeprefix('torch.')}",
         f"numerics={numerics}",
-        f"attention={type(model.attention).__name__}",
+        f"kernel={kernel}",
         f"device={device.type} {processor}",
-        f"threads={threads if device.type == 'cpu' else 0}",
+        # The native kernel gives every thread whole results to compute.
+        f"threads={threads if device.type == 'cpu' and not kernel else 0}",
         f"torch={torch.__version__}",
         f"row_multiple={row_multiple}",
     )
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-    return f"{promise(numerics, weight.dtype)}-{digest[:16]}"
+    return f"{promise(numerics, dtype, bool(kernel))}-{digest[:16]}"

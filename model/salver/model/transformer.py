@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,28 @@ from .attention import Attention, AttentionBatch
 from .cache import KVCache
 from .layers import ACTIVATIONS, Linear, Norm, Rotation, Weights, rope_frequencies
 from .spec import LearnedPositions, ModelSpec, RopePositions
+
+
+class Decoder(Protocol):
+    """What computes steps: `Transformer`, which documents these, or `kernels.program.NativeTransformer`."""
+
+    spec: ModelSpec
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        attention: AttentionBatch,
+        on_layer: Callable[[], None] | None = None,
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def num_parameters(self) -> int: ...
 
 
 class Layer(nn.Module):
@@ -111,6 +134,14 @@ class Transformer(nn.Module):
         """float32 [R, vocab_size] of hidden [R, hidden_size]."""
         weight = self.embed.weight if self.head is None else self.head.weight
         return F.linear(hidden, weight).float()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
 
     def num_parameters(self) -> int:
         """Weights; a tied matrix counts once."""

@@ -25,6 +25,7 @@ from salver.model.chat_template import ChatTemplate, ChatTemplateError
 from salver.model.checkpoint import resolve_checkpoint, weights_digest
 from salver.model.config_reader import read_spec
 from salver.model.errors import CheckpointError
+from salver.model.kernels.build import KernelUnavailable, find_or_build
 from salver.model.precision import default_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.tokenizer import Tokenizer
@@ -153,6 +154,20 @@ def find_checkpoint(config: ServerConfig) -> tuple[Path, str]:
         raise StartError(str(error)) from error
 
 
+def find_kernel(config: ServerConfig) -> tuple[str, str]:
+    """The native kernel's path, compiled if need be; or nothing, and why. Raises StartError."""
+    if config.kernels == "torch" or config.device == "cuda":
+        return "", ""
+    if config.kernels == "auto" and config.device == "auto" and Path("/dev/nvidiactl").exists():
+        return "", "this machine has a GPU"
+    try:
+        return str(find_or_build(config.resolved_cache_dir, _say)), ""
+    except KernelUnavailable as error:
+        if config.kernels == "native":
+            raise StartError(f"--kernels native: {error}") from error
+        return "", str(error)
+
+
 def load_front(checkpoint: Path) -> _Loaded:
     """What the front needs of the checkpoint, torch-free. Raises StartError."""
     try:
@@ -258,9 +273,11 @@ class Application:
         phases.add("start the front", _process_age())
         with phases.phase("find the checkpoint"):
             checkpoint, digest = await _in_daemon_thread(lambda: find_checkpoint(self.config))
+        with phases.phase("find the kernel"):
+            library, reason = await _in_daemon_thread(lambda: find_kernel(self.config))
         started = time.monotonic()
         self.engine = EngineProcess(
-            self.config.engine_config(checkpoint, digest),
+            self.config.engine_config(checkpoint, digest, kernel_library=library, no_kernel=reason),
             on_step=self.metrics.step,
             on_state=self._on_engine_state,
         )
@@ -293,8 +310,9 @@ class Application:
     def _describe(self, ready: Ready, limits: RequestLimits) -> None:
         log_event(
             _log, logging.INFO, "ready", model=self.name, device=ready.device, dtype=ready.dtype,
-            numerics_id=ready.numerics_id, parameters=ready.num_parameters, max_model_len=ready.max_model_len,
-            max_num_seqs=ready.max_num_seqs, max_num_batched_tokens=ready.max_num_batched_tokens,
+            kernels=ready.kernels, numerics_id=ready.numerics_id, parameters=ready.num_parameters,
+            max_model_len=ready.max_model_len, max_num_seqs=ready.max_num_seqs,
+            max_num_batched_tokens=ready.max_num_batched_tokens,
             kv_cache_tokens=limits.cache_tokens,
         )  # fmt: skip
 

@@ -155,6 +155,11 @@ class ServerConfig:
         "exact", "Compute", "exact: an answer does not depend on what else is in the batch; fast: it may",
         choices=("exact", "fast"),
     )  # fmt: skip
+    kernels: str = _flag(
+        "auto", "Compute", "native: our kernel for CPUs with AVX-512, compiled at the first start where the "
+        "package brings none; torch: plain torch; auto: native where it can be had",
+        choices=("auto", "native", "torch"),
+    )  # fmt: skip
     threads: int | None = _flag(
         None, "Compute", "CPU threads of the model", parse=_integer(1, 4096), metavar="N",
         shown="one per core",
@@ -211,13 +216,18 @@ class ServerConfig:
     def resolved_metrics_host(self) -> str:
         return self.host if self.metrics_host is None else self.metrics_host
 
-    def engine_config(self, checkpoint: Path, weights_digest: str) -> EngineConfig:
-        """What of it the worker needs."""
+    def engine_config(
+        self, checkpoint: Path, weights_digest: str, *, kernel_library: str = "", no_kernel: str = ""
+    ) -> EngineConfig:
+        """What of it the worker needs; the native kernel's path, or why there is none."""
         return EngineConfig(
             checkpoint=str(checkpoint),
             device=self.device,
             dtype=self.dtype,
             numerics=self.numerics,
+            kernels=self.kernels,
+            kernel_library=kernel_library,
+            no_kernel=no_kernel,
             threads=self.threads,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,

@@ -17,6 +17,9 @@ class EngineConfig:
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     numerics: str = "exact"  # exact | fast
+    kernels: str = "torch"  # auto | native | torch
+    kernel_library: str = ""  # the native kernel's path; empty: there is none, for this reason:
+    no_kernel: str = ""
     threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None

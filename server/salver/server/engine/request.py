@@ -136,6 +136,7 @@ class Ready:
 
     device: str  # "cpu" or "cuda:0 NVIDIA H100 ..."
     dtype: str
+    kernels: str  # "native", or "torch" and why
     torch_version: str
     numerics_id: str
     num_parameters: int

@@ -11,7 +11,7 @@ from torch import Tensor
 from salver.model.attention import AttentionBatch
 from salver.model.cache import KVCache
 from salver.model.sampling import SamplingRow, TokenLogprobs, sample, token_logprobs
-from salver.model.transformer import Transformer
+from salver.model.transformer import Decoder
 from salver.server.engine.batch import build_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.request import Logprobs
@@ -27,7 +27,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Decoder,
         cache: KVCache,
         *,
         block_size: int,
@@ -38,7 +38,7 @@ class ModelRunner:
         self.cache = cache
         self.block_size = block_size
         self.row_multiple = row_multiple
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self._on_progress = on_progress
 
     @torch.inference_mode()

@@ -10,9 +10,11 @@ import torch
 
 from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
+from salver.model.kernels.build import KernelUnavailable, source_digest
 from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
 from salver.model.spec import ModelSpec
+from salver.model.transformer import Decoder, Transformer
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.request import Ready
@@ -49,8 +51,6 @@ def start_engine(
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
     timer.done("load weights")
-    multiple = row_multiple(model) if config.numerics == "exact" else 1
-    timer.done("probe numerics")
     spec = model.spec
     max_model_len = _max_model_len(config, spec)
     block_size = config.block_size or BLOCK_SIZE
@@ -60,8 +60,14 @@ def start_engine(
         cache = KVCache(spec, num_blocks, block_size, dtype=dtype, device=device)
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
-    runner = ModelRunner(model, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump)
     timer.done("allocate cache")
+    decoder, kernels = _decoder(config, model, cache, threads)
+    native = kernels == "native"
+    timer.done("pack weights" if native else "choose kernels")
+    # The kernel's rows don't know one another; torch's may.
+    multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
+    timer.done("probe numerics")
+    runner = ModelRunner(decoder, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump)
     budget = config.max_num_batched_tokens or _token_budget(runner, max_num_seqs, max_model_len)
     if budget < max_num_seqs:
         raise StartError(
@@ -83,14 +89,17 @@ def start_engine(
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
+        kernels=kernels,
         numerics_id=numerics_id(
-            model,
+            device,
+            dtype,
             weights_digest=config.weights_digest,
             numerics=config.numerics,
             threads=threads,
             row_multiple=multiple,
+            kernel=source_digest() if native else "",
         ),
-        num_parameters=model.num_parameters(),
+        num_parameters=decoder.num_parameters(),
         num_blocks=num_blocks,
         block_size=block_size,
         max_model_len=max_model_len,
@@ -134,6 +143,26 @@ def _threads(config: EngineConfig) -> int:
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     return threads
+
+
+def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
+    """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
+    if config.kernels == "torch":
+        return model, "torch"
+    try:
+        if not config.kernel_library:
+            raise KernelUnavailable(config.no_kernel or "it is for the CPU")
+        # Not before it is wanted: a start with torch alone shall not pay for it.
+        from salver.model.kernels.library import Library, Precision
+        from salver.model.kernels.program import NativeTransformer
+
+        library = Library(Path(config.kernel_library))
+        precision = Precision.FLOAT32 if model.dtype == torch.float32 else Precision.BFLOAT16
+        return NativeTransformer(model, cache, library, precision=precision, threads=threads), "native"
+    except KernelUnavailable as error:
+        if config.kernels == "native":
+            raise StartError(f"--kernels native: {error}") from error
+        return model, f"torch ({error})"
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

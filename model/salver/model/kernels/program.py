@@ -1,0 +1,307 @@
+"""A model as a program of the native kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import AttentionBatch
+from ..cache import KVCache
+from ..layers import Norm, Weights
+from ..spec import ModelSpec
+from ..transformer import Layer, Transformer
+from .build import KernelUnavailable
+from .library import (
+    ACTIVATIONS,
+    BLOCK_SIZE,
+    LANES,
+    MAX_HEAD_DIM,
+    MAX_WIDTH,
+    PANEL,
+    CBuffer,
+    CCache,
+    COperation,
+    CProgram,
+    CStep,
+    CWeight,
+    Epilogue,
+    Kind,
+    Library,
+    Precision,
+    Progress,
+    num_panels,
+)
+
+# Buffers of a step, one row for each of its rows.
+RESIDUAL, NORMED, HEADS, ATTENDED, INNER, FINAL = range(6)
+WIDE = {ATTENDED: 6, INNER: 7}  # of int8 buffers, the floats that they are rounded from
+HEAD_ROWS = 64  # rows of logits at a time
+PROGRESS_ROWS = 64  # a step of fewer rows is over before anybody asks how it goes
+
+
+@dataclass
+class _Buffer:
+    width: int
+    precision: Precision
+
+
+class NativeTransformer:
+    """A `Transformer` whose steps the kernel computes; takes over its weights.
+
+    Calls are those of `Transformer`. Hidden states are float32. A row has the same bits whatever
+    stands beside it, in every precision.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, library: Library, *, precision: Precision, threads: int
+    ) -> None:
+        """Raises KernelUnavailable for a model that the kernel does not know, before it takes anything."""
+        spec = model.spec
+        check(model, cache)
+        self.spec: ModelSpec = spec
+        self.device = torch.device("cpu")
+        self.precision = precision
+        self._parameters = model.num_parameters()
+        self._rope = model.rope
+        self._library = library
+        self._threads = threads
+        self._cache = cache
+        self._kept: list[object] = []  # what C points to
+        self._weights: list[CWeight] = []
+        self._operations: list[COperation] = []
+        query, inner = spec.qkv_sizes[0], spec.intermediate_size
+        wide = int(precision is Precision.INT8)
+        self._buffers = [
+            _Buffer(spec.hidden_size, Precision.FLOAT32),
+            _Buffer(spec.hidden_size, precision),
+            _Buffer(sum(spec.qkv_sizes), Precision.FLOAT32),
+            _Buffer(query, precision),
+            _Buffer(inner, precision),
+            _Buffer(spec.hidden_size, Precision.FLOAT32),
+            _Buffer(wide * query, Precision.FLOAT32),
+            _Buffer(wide * inner, Precision.FLOAT32),
+        ]
+        self._compile(model)
+        self._rows = 0
+        self._program = CProgram()
+        self._reserve(HEAD_ROWS)
+
+    def num_parameters(self) -> int:
+        """Weights; a tied matrix counts once."""
+        return self._parameters
+
+    # ---- the program ----
+
+    def _compile(self, model: Transformer) -> None:
+        tied = model.head is None
+        self._head = self._weight(model.embed if model.head is None else model.head)
+        embed = self._head if tied else self._table(model.embed)
+        positions = -1 if model.positions is None else self._table(model.positions)
+        self._add(Kind.EMBED, RESIDUAL, RESIDUAL, weight=embed, extra=positions)
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            self._layer(layer)
+        self._norm(model.final_norm, RESIDUAL, FINAL)
+
+    def _layer(self, layer: Layer) -> None:
+        number = layer.index
+        self._norm(layer.attention_norm, RESIDUAL, NORMED)
+        self._add(Kind.MULTIPLY, NORMED, HEADS, weight=self._weight(layer.qkv))
+        self._add(Kind.ROTATE_AND_STORE, HEADS, HEADS, layer=number)
+        self._add(Kind.ATTEND, HEADS, self._first(ATTENDED), layer=number)
+        self._narrow(ATTENDED)
+        weight = self._weight(layer.attention_out)
+        self._add(Kind.MULTIPLY, ATTENDED, RESIDUAL, weight=weight, epilogue=Epilogue.ADD)
+        self._norm(layer.mlp_norm, RESIDUAL, NORMED)
+        up = self._weight(layer.up, gated=layer.gated)
+        activation = ACTIVATIONS[self.spec.activation]
+        epilogue = Epilogue.GATED if layer.gated else Epilogue.ACTIVATE
+        out = self._first(INNER)
+        self._add(Kind.MULTIPLY, NORMED, out, weight=up, epilogue=epilogue, activation=activation)
+        self._narrow(INNER)
+        self._add(Kind.MULTIPLY, INNER, RESIDUAL, weight=self._weight(layer.down), epilogue=Epilogue.ADD)
+        self._add(Kind.PROGRESS, RESIDUAL, RESIDUAL)
+
+    def _first(self, buffer: int) -> int:
+        """Where an operation writes what a product reads from `buffer`: int8 needs whole rows first."""
+        return WIDE[buffer] if self.precision is Precision.INT8 else buffer
+
+    def _narrow(self, buffer: int) -> None:
+        if self.precision is Precision.INT8:
+            self._add(Kind.QUANTIZE, WIDE[buffer], buffer)
+
+    def _add(
+        self,
+        kind: Kind,
+        in_: int,
+        out: int,
+        *,
+        layer: int = 0,
+        weight: int = -1,
+        extra: int = -1,
+        epilogue: Epilogue = Epilogue.STORE,
+        activation: int = 0,
+    ) -> None:
+        operation = COperation(
+            kind=kind, layer=layer, in_=in_, out=out, weight=weight, extra=extra,
+            epilogue=epilogue, activation=activation,
+        )  # fmt: skip
+        self._operations.append(operation)
+
+    def _norm(self, norm: Norm, in_: int, out: int) -> None:
+        self._add(Kind.RMS_NORM if norm.rms else Kind.LAYER_NORM, in_, out)
+        operation = self._operations[-1]
+        operation.scale = self._keep(norm.weight.detach().float())
+        operation.shift = None if norm.bias is None else self._keep(norm.bias.detach().float())
+        operation.epsilon = norm.eps
+
+    def _keep(self, tensor: Tensor) -> int:
+        """The address of a tensor that lives as long as this."""
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _weight(self, module: Weights, gated: bool = False) -> int:
+        """Packs a matrix and empties its module."""
+        weight, bias = module.weight.detach(), module.bias
+        module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        packed, scale = self._library.pack(weight, self.precision, gated, self._threads)
+        rows, depth = weight.shape
+        panels = num_panels(rows, gated)
+        found = CWeight(
+            data=self._keep(packed), precision=self.precision, rows=rows, depth=depth, panels=panels
+        )
+        if scale.numel():
+            found.column_scale = self._keep(scale)
+        if bias is not None:
+            found.bias = self._keep(_in_panels(bias.detach().float(), panels, gated))
+        self._weights.append(found)
+        return len(self._weights) - 1
+
+    def _table(self, module: Weights) -> int:
+        """A matrix that is read by rows, as it is."""
+        weight = module.weight.detach().contiguous()
+        precision = Precision.FLOAT32 if weight.dtype == torch.float32 else Precision.BFLOAT16
+        rows, depth = weight.shape
+        self._weights.append(
+            CWeight(data=self._keep(weight), precision=precision, rows=rows, depth=depth, panels=0)
+        )
+        return len(self._weights) - 1
+
+    # ---- steps ----
+
+    def _reserve(self, rows: int) -> None:
+        """Room for a step of so many rows."""
+        if rows <= self._rows:
+            return
+        self._rows = max(rows, 2 * self._rows)
+        self._tensors = [
+            torch.zeros((self._rows, buffer.width), dtype=buffer.precision.activations)
+            for buffer in self._buffers
+        ]
+        self._row_scale = torch.zeros(self._rows)
+        self._row_sum = torch.zeros(self._rows, dtype=torch.int32)
+        buffers = [
+            CBuffer(
+                data=tensor.data_ptr(), stride=buffer.width, precision=buffer.precision, width=buffer.width,
+                row_scale=self._row_scale.data_ptr(), row_sum=self._row_sum.data_ptr(),
+            )
+            for tensor, buffer in zip(self._tensors, self._buffers, strict=True)
+        ]  # fmt: skip
+        spec, program = self.spec, self._program
+        self._c_buffers = (CBuffer * len(buffers))(*buffers)
+        self._c_weights = (CWeight * len(self._weights))(*self._weights)
+        self._c_operations = (COperation * len(self._operations))(*self._operations)
+        program.operations, program.num_operations = self._c_operations, len(self._operations)
+        program.buffers, program.weights = self._c_buffers, self._c_weights
+        data = self._cache.data
+        program.cache_precision = Precision.FLOAT32 if data.dtype == torch.float32 else Precision.BFLOAT16
+        program.cache = CCache(
+            keys_and_values=data.data_ptr(), blocks=self._cache.num_blocks, heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, scale=spec.attention_scale,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        attention: AttentionBatch,
+        on_layer: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """As `Transformer.forward`; hidden states float32 [N, hidden_size], valid until the next step."""
+        assert cache is self._cache
+        rows = token_ids.numel()
+        self._reserve(rows)
+        cache.begin_step(attention)
+        starts = torch.tensor(attention.cu_seqlens_q, dtype=torch.int32)
+        lengths = torch.tensor(attention.seq_lens, dtype=torch.int32)
+        step = CStep(
+            num_rows=rows,
+            num_sequences=lengths.numel(),
+            token_ids=token_ids.data_ptr(),
+            positions=positions.data_ptr(),
+            slots=attention.slot_mapping.data_ptr(),
+            query_starts=starts.data_ptr(),
+            lengths=lengths.data_ptr(),
+            block_tables=attention.block_tables.data_ptr(),
+            table_stride=attention.block_tables.stride(0),
+        )
+        if self._rope is not None:
+            angles = positions.to(torch.float32)[:, None] * self._rope
+            cos, sin = angles.cos(), angles.sin()
+            step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
+        told = Progress(on_layer) if on_layer is not None and rows >= PROGRESS_ROWS else Progress()
+        self._library.run(self._program, step, self._threads, told)
+        if on_layer is not None:
+            on_layer()
+        return self._tensors[FINAL][:rows]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [R, vocab_size] of hidden float32 [R, hidden_size]."""
+        hidden = hidden.contiguous()
+        weight = self._weights[self._head]
+        out = torch.empty((hidden.shape[0], weight.rows))
+        for begin in range(0, hidden.shape[0], HEAD_ROWS):
+            rows = torch.arange(begin, min(begin + HEAD_ROWS, hidden.shape[0]))
+            # Between steps the buffer of the normed rows is free.
+            self._library.put_rows(self._c_buffers[NORMED], hidden, rows)
+            part = out[begin : begin + rows.numel()]
+            self._library.multiply(self._c_buffers[NORMED], weight, part, self._threads)
+        return out
+
+
+def check(model: Transformer, cache: KVCache) -> None:
+    """Raises KernelUnavailable, saying what of the model the kernel does not do."""
+    spec = model.spec
+    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
+        raise KernelUnavailable(f"it computes float32 and bfloat16 on the CPU, not {model.dtype}")
+    if cache.block_size != BLOCK_SIZE:
+        raise KernelUnavailable(f"its blocks have {BLOCK_SIZE} tokens, not {cache.block_size}")
+    if spec.head_dim % LANES or spec.head_dim > MAX_HEAD_DIM:
+        raise KernelUnavailable(
+            f"heads of {spec.head_dim} are not a multiple of {LANES} up to {MAX_HEAD_DIM}"
+        )
+    if spec.activation not in ACTIVATIONS:
+        raise KernelUnavailable(f"it does not know the activation {spec.activation}")
+    for size in (spec.hidden_size, spec.intermediate_size, sum(spec.qkv_sizes)):
+        if size % 4 or size > MAX_WIDTH:
+            raise KernelUnavailable(f"a width of {size} is not a multiple of 4 up to {MAX_WIDTH}")
+
+
+def _in_panels(bias: Tensor, panels: int, gated: bool) -> Tensor:
+    """A bias [N] in the order of the packed columns, zeros for padding."""
+    out = torch.zeros(panels * PANEL)
+    if not gated:
+        out[: bias.numel()] = bias
+        return out
+    half = bias.numel() // 2
+    lanes = out.view(panels, 2, LANES)
+    for part, values in enumerate((bias[:half], bias[half:])):
+        column = torch.zeros(panels * LANES)
+        column[:half] = values
+        lanes[:, part] = column.view(panels, LANES)
+    return out

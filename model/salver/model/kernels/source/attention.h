@@ -1,0 +1,263 @@
+// Causal attention over the paged cache, read in place. One walk for prefill and decode.
+//
+// A query row walks its keys from the first to its own in tiles of 64 at fixed absolute positions,
+// with the running maximum and sum of Milakov & Gimelshein 2018 ("Online normalizer calculation for
+// softmax"). What stands beside the row, how the prompt was cut and which keys came from the cache
+// change nothing in that walk, so the row's bits are the same.
+//
+// The cache holds, for a block and a head, 16 keys as [head_dim / STEP][16][STEP] and 16 values as
+// [16 / STEP][head_dim][STEP]: sixteen lanes are sixteen keys for the scores, and sixteen dimensions
+// for the sum of values. STEP is 2 for bf16 (an instruction multiplies pairs), 1 for float.
+#pragma once
+
+#include "gemm.h"
+
+namespace salver {
+
+constexpr int BLOCK = 16;        // tokens of a block
+constexpr int TILE_BLOCKS = 4;   // blocks of a tile
+constexpr int TILE = BLOCK * TILE_BLOCKS;
+constexpr int QUERY_ROWS = 6;    // rows that share a load of the keys: 6 x 4 accumulators
+constexpr int MAX_HEAD_DIM = 256;
+
+struct Step {
+    std::int32_t num_rows;        // padding included
+    std::int32_t num_sequences;
+    const std::int64_t* token_ids;    // [num_rows]
+    const std::int64_t* positions;    // [num_rows]
+    const std::int64_t* slots;        // [num_rows]
+    const std::int32_t* query_starts; // [num_sequences + 1]
+    const std::int32_t* lengths;      // [num_sequences]
+    const std::int64_t* block_tables; // [num_sequences, table_stride]
+    std::int64_t table_stride;
+    const float* cos;                 // [num_rows, head_dim / 2], or null
+    const float* sin;
+};
+
+struct CacheShape {
+    void* keys_and_values;  // [layers][blocks][2][kv_heads][16 * head_dim]
+    std::int64_t blocks;
+    std::int32_t heads, kv_heads, head_dim;
+    float scale;
+
+    template <typename Value>
+    Value* part(int layer, std::int64_t block, int which, int kv_head) const {
+        const std::int64_t index = ((layer * blocks + block) * 2 + which) * kv_heads + kv_head;
+        return static_cast<Value*>(keys_and_values) + index * BLOCK * head_dim;
+    }
+};
+
+// Turns query and key of a row by its position and stores key and value where the row's slot says.
+template <typename T>
+void rotate_and_store(const CacheShape& c, const Step& step, int layer, int row, float* heads) {
+    using Value = typename T::Input;
+    const int half = c.head_dim / 2;
+    if (step.cos != nullptr) {
+        const float* cos = step.cos + static_cast<std::ptrdiff_t>(row) * half;
+        const float* sin = step.sin + static_cast<std::ptrdiff_t>(row) * half;
+        for (int head = 0; head < c.heads + c.kv_heads; head++) {
+            float* x = heads + head * c.head_dim;
+            for (int i = 0; i < half; i++) {
+                const float a = x[i], b = x[i + half];
+                x[i] = a * cos[i] - b * sin[i];
+                x[i + half] = b * cos[i] + a * sin[i];
+            }
+        }
+    }
+    if (row >= step.query_starts[step.num_sequences]) return;  // padding
+    const std::int64_t block = step.slots[row] / BLOCK;
+    const int offset = static_cast<int>(step.slots[row] % BLOCK);
+    for (int head = 0; head < c.kv_heads; head++) {
+        const float* key = heads + (c.heads + head) * c.head_dim;
+        const float* value = key + c.kv_heads * c.head_dim;
+        Value* keys = c.part<Value>(layer, block, 0, head);
+        Value* values = c.part<Value>(layer, block, 1, head) + (offset / T::STEP) * c.head_dim * T::STEP;
+        Value stored[2][MAX_HEAD_DIM];
+        for (int i = 0; i < c.head_dim; i += LANES) {
+            store(stored[0] + i, _mm512_loadu_ps(key + i));
+            store(stored[1] + i, _mm512_loadu_ps(value + i));
+        }
+        for (int i = 0; i < c.head_dim; i++) {
+            keys[(i / T::STEP * BLOCK + offset) * T::STEP + i % T::STEP] = stored[0][i];
+            values[i * T::STEP + offset % T::STEP] = stored[1][i];
+        }
+    }
+}
+
+// ROWS query rows of one key head, each with its own number of keys.
+template <typename T, int ROWS>
+class Walk {
+    using Value = typename T::Input;
+
+public:
+    Walk(const CacheShape& cache, int layer, int kv_head, const std::int64_t* table)
+        : cache_(cache), layer_(layer), kv_head_(kv_head), table_(table) {}
+
+    void set(int row, const float* query, int keys) {
+        const __m512 scale = _mm512_set1_ps(cache_.scale);
+        for (int i = 0; i < cache_.head_dim; i += LANES) {
+            store(query_[row] + i, _mm512_mul_ps(_mm512_loadu_ps(query + i), scale));
+            _mm512_store_ps(sum_[row] + i, _mm512_setzero_ps());
+        }
+        keys_[row] = keys;
+        most_ = row == 0 || keys > most_ ? keys : most_;
+        highest_[row] = -std::numeric_limits<float>::infinity();
+        total_[row] = _mm512_setzero_ps();
+    }
+
+    void run() {
+        for (int begin = 0; begin < most_; begin += TILE) tile(begin);
+    }
+
+    template <typename Out>
+    void get(int row, Out* out) const {
+        const __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(total_[row]));
+        for (int i = 0; i < cache_.head_dim; i += LANES)
+            store(out + i, _mm512_div_ps(_mm512_load_ps(sum_[row] + i), total));
+    }
+
+private:
+    void tile(int begin) {
+        const int blocks = std::min(TILE_BLOCKS, (most_ - begin + BLOCK - 1) / BLOCK);
+        const Value *keys[TILE_BLOCKS], *values[TILE_BLOCKS];
+        for (int i = 0; i < TILE_BLOCKS; i++) {  // past the end the last one again: masked
+            const std::int64_t block = table_[begin / BLOCK + std::min(i, blocks - 1)];
+            keys[i] = cache_.part<Value>(layer_, block, 0, kv_head_);
+            values[i] = cache_.part<Value>(layer_, block, 1, kv_head_);
+        }
+        __m512 scores[ROWS][TILE_BLOCKS];
+        for (auto& row : scores)
+            for (auto& lanes : row) lanes = _mm512_setzero_ps();
+        for (int d = 0; d < cache_.head_dim; d += T::STEP) {
+            __m512i key[TILE_BLOCKS];
+            for (int i = 0; i < TILE_BLOCKS; i++) key[i] = T::weights(keys[i] + d * BLOCK);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++)
+                for (int i = 0; i < TILE_BLOCKS; i++)
+                    scores[r][i] = T::multiply(scores[r][i], query_[r] + d, key[i]);
+        }
+        for (int r = 0; r < ROWS; r++) weigh(r, keys_[r] - begin, scores[r]);
+        for (int d = 0; d < cache_.head_dim;) {
+            if (cache_.head_dim - d >= 4 * LANES) {
+                add_values<4>(d, blocks, values);
+                d += 4 * LANES;
+            } else {
+                add_values<1>(d, blocks, values);
+                d += LANES;
+            }
+        }
+    }
+
+    // Scores to weights; what was summed before is brought to the new maximum.
+    void weigh(int r, int seen, __m512* scores) {
+        const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        for (int i = 0; i < TILE_BLOCKS; i++)
+            scores[i] = _mm512_mask_blend_ps(tail_mask(seen - i * BLOCK), nothing, scores[i]);
+        const float highest = _mm512_reduce_max_ps(
+            _mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3])));
+        if (highest > highest_[r]) {
+            const __m512 less = exponential(_mm512_set1_ps(highest_[r] - highest));
+            total_[r] = _mm512_mul_ps(total_[r], less);
+            for (int i = 0; i < cache_.head_dim; i += LANES)
+                _mm512_store_ps(sum_[r] + i, _mm512_mul_ps(_mm512_load_ps(sum_[r] + i), less));
+            highest_[r] = highest;
+        }
+        const __m512 top = _mm512_set1_ps(highest_[r]);
+        for (int i = 0; i < TILE_BLOCKS; i++) {
+            const __m512 weight = exponential(_mm512_sub_ps(scores[i], top));
+            total_[r] = _mm512_add_ps(total_[r], weight);
+            store(weights_[r] + i * BLOCK, weight);
+        }
+    }
+
+    template <int VECTORS>
+    void add_values(int d, int blocks, const Value* const* values) {
+        __m512 sum[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_load_ps(sum_[r] + d + v * LANES);
+        for (int i = 0; i < blocks; i++) {
+            for (int key = 0; key < BLOCK; key += T::STEP) {
+                const Value* from = values[i] + key * cache_.head_dim + d * T::STEP;
+                __m512i value[VECTORS];
+                for (int v = 0; v < VECTORS; v++) value[v] = T::weights(from + v * LANES * T::STEP);
+#pragma GCC unroll 6
+                for (int r = 0; r < ROWS; r++)
+                    for (int v = 0; v < VECTORS; v++)
+                        sum[r][v] = T::multiply(sum[r][v], weights_[r] + i * BLOCK + key, value[v]);
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) _mm512_store_ps(sum_[r] + d + v * LANES, sum[r][v]);
+    }
+
+    const CacheShape& cache_;
+    const int layer_, kv_head_;
+    const std::int64_t* const table_;
+    int keys_[ROWS], most_ = 0;
+    float highest_[ROWS];
+    __m512 total_[ROWS];
+    alignas(64) float sum_[ROWS][MAX_HEAD_DIM];
+    alignas(64) Value query_[ROWS][MAX_HEAD_DIM];
+    alignas(64) Value weights_[ROWS][TILE];
+};
+
+struct Attention {
+    const CacheShape& cache;
+    const Step& step;
+    int layer;
+    const float* heads;  // [rows, stride]: query heads first
+    std::ptrdiff_t stride;
+    void* out;           // [rows, out_stride]
+    std::ptrdiff_t out_stride;
+    bool to_bf16;
+};
+
+template <typename T, int ROWS>
+void attend_rows(const Attention& a, int sequence, int kv_head, int first) {
+    const CacheShape& c = a.cache;
+    const int group = c.heads / c.kv_heads;
+    const int start = a.step.query_starts[sequence];
+    const int past = a.step.lengths[sequence] - (a.step.query_starts[sequence + 1] - start);
+    Walk<T, ROWS> walk(c, a.layer, kv_head, a.step.block_tables + sequence * a.step.table_stride);
+    auto place = [&](int r) {  // of row r: which position of the chunk, which column of the heads
+        const int flat = first + r;
+        return std::pair(flat / group, (kv_head * group + flat % group) * c.head_dim);
+    };
+    for (int r = 0; r < ROWS; r++) {
+        const auto [position, column] = place(r);
+        walk.set(r, a.heads + (start + position) * a.stride + column, past + position + 1);
+    }
+    walk.run();
+    for (int r = 0; r < ROWS; r++) {
+        const auto [position, column] = place(r);
+        const std::ptrdiff_t at = (start + position) * a.out_stride + column;
+        if (a.to_bf16) {
+            walk.get(r, static_cast<bf16*>(a.out) + at);
+        } else {
+            walk.get(r, static_cast<float*>(a.out) + at);
+        }
+    }
+}
+
+template <typename T, int ROWS = QUERY_ROWS>
+void attend_some(const Attention& a, int rows, int sequence, int kv_head, int first) {
+    if constexpr (ROWS >= 1) {
+        if (rows == ROWS) {
+            attend_rows<T, ROWS>(a, sequence, kv_head, first);
+        } else {
+            attend_some<T, ROWS - 1>(a, rows, sequence, kv_head, first);
+        }
+    }
+}
+
+// Rows [begin, end) of a sequence's chunk, of one key head; `flat` rows are (position, head of the group).
+template <typename T>
+void attend(const Attention& a, int sequence, int kv_head, int begin, int end) {
+    while (begin < end) {
+        const int rows = std::min(QUERY_ROWS, end - begin);
+        attend_some<T>(a, rows, sequence, kv_head, begin);
+        begin += rows;
+    }
+}
+
+}  // namespace salver

@@ -1,0 +1,196 @@
+// y = x W^T for a few rows or many, W packed once.
+//
+// A weight [N, K] is packed in panels of 32 columns of the product. Inside a panel the steps of K
+// follow one another, each holding for every column the 1 (float), 2 (bf16) or 4 (int8) values that
+// one instruction multiplies. A gated pair of matrices is packed with 16 columns of the gate and the
+// same 16 of the other in one panel, so that both meet in registers.
+//
+// One accumulator per element of the product walks K from front to back, whatever the number of
+// rows: a row's result has the same bits alone and among any others.
+#pragma once
+
+#include "simd.h"
+
+namespace salver {
+
+constexpr int PANEL = 32;
+constexpr int MAX_ROWS = 12;  // 12 x 2 accumulators, 2 of W, 1 of x: 27 of 32 registers
+
+struct Float {
+    using Input = float;
+    using Weight = float;
+    using Acc = __m512;
+    static constexpr int STEP = 1;
+    static Acc zero() { return _mm512_setzero_ps(); }
+    static __m512i weights(const Weight* from) { return _mm512_loadu_si512(from); }
+    static Acc multiply(Acc acc, const Input* x, __m512i w) {
+        return _mm512_fmadd_ps(_mm512_set1_ps(*x), _mm512_castsi512_ps(w), acc);
+    }
+};
+
+struct Half {
+    using Input = bf16;
+    using Weight = bf16;
+    using Acc = __m512;
+    static constexpr int STEP = 2;
+    static Acc zero() { return _mm512_setzero_ps(); }
+    static __m512i weights(const Weight* from) { return _mm512_loadu_si512(from); }
+    static Acc multiply(Acc acc, const Input* x, __m512i w) {
+        std::int32_t pair;
+        std::memcpy(&pair, x, sizeof pair);
+        return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
+                                reinterpret_cast<__m512bh>(w));
+    }
+};
+
+// Weights are stored plus 128, unsigned, as the instruction wants one side; 128 times the sum of x
+// is taken off at the end. Sums of integers are exact.
+struct Int8 {
+    using Input = std::int8_t;
+    using Weight = std::uint8_t;
+    using Acc = __m512i;
+    static constexpr int STEP = 4;
+    static Acc zero() { return _mm512_setzero_si512(); }
+    static __m512i weights(const Weight* from) { return _mm512_loadu_si512(from); }
+    static Acc multiply(Acc acc, const Input* x, __m512i w) {
+        std::int32_t four;
+        std::memcpy(&four, x, sizeof four);
+        return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+    }
+};
+
+// What becomes of the accumulators of a row: `first` and `second` 16 columns of a panel.
+struct Epilogue {
+    enum Kind : std::int32_t { STORE = 0, ADD = 1, ACTIVATE = 2, GATED = 3 };
+    std::int32_t kind;
+    std::int32_t activation;
+    bool to_bf16;        // what is stored, else float
+    void* out;
+    std::ptrdiff_t out_stride;  // elements
+    int columns;         // of the output: N, or N / 2 when gated
+    const float* bias;   // [N] in panel order, or null
+
+    template <typename Out>
+    void put(Out* row, int column, __m512 value) const {
+        if (column < columns) store(row + column, value, tail_mask(columns - column));
+    }
+
+    void apply(int row, int panel, __m512 first, __m512 second) const {
+        if (bias != nullptr) {
+            first = _mm512_add_ps(first, _mm512_loadu_ps(bias + panel * PANEL));
+            second = _mm512_add_ps(second, _mm512_loadu_ps(bias + panel * PANEL + LANES));
+        }
+        if (kind == ADD) {
+            float* to = static_cast<float*>(out) + row * out_stride;
+            const int column = panel * PANEL;
+            const __mmask16 low = tail_mask(columns - column), high = tail_mask(columns - column - LANES);
+            put(to, column, _mm512_add_ps(_mm512_maskz_loadu_ps(low, to + column), first));
+            put(to, column + LANES, _mm512_add_ps(_mm512_maskz_loadu_ps(high, to + column + LANES), second));
+        } else if (to_bf16) {
+            finish(static_cast<bf16*>(out) + row * out_stride, panel, first, second);
+        } else {
+            finish(static_cast<float*>(out) + row * out_stride, panel, first, second);
+        }
+    }
+
+    template <typename Out>
+    void finish(Out* row, int panel, __m512 first, __m512 second) const {
+        if (kind == GATED) {
+            put(row, panel * LANES, _mm512_mul_ps(activate(first, activation), second));
+            return;
+        }
+        put(row, panel * PANEL, activate(first, activation));
+        put(row, panel * PANEL + LANES, activate(second, activation));
+    }
+};
+
+struct Gemm {
+    const void* input;
+    std::ptrdiff_t input_stride;  // elements
+    const float* row_scale;       // int8 alone: of each row of the input
+    const std::int32_t* row_sum;  // int8 alone: 128 times the sum of each row
+    const void* weight;
+    const float* column_scale;    // int8 alone, in panel order
+    int rows, panels, depth;
+    Epilogue epilogue;
+};
+
+template <typename T, int ROWS>
+void multiply_tile(const Gemm& g, int row, int panel) {
+    using Input = typename T::Input;
+    using Weight = typename T::Weight;
+    typename T::Acc acc[ROWS][2];
+    for (auto& pair : acc) pair[0] = pair[1] = T::zero();
+    const Input* x = static_cast<const Input*>(g.input) + row * g.input_stride;
+    const Weight* w = static_cast<const Weight*>(g.weight) +
+                      static_cast<std::ptrdiff_t>(panel) * PANEL * g.depth;
+    for (int k = 0; k < g.depth; k += T::STEP) {
+        const __m512i first = T::weights(w), second = T::weights(w + LANES * T::STEP);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) {
+            const Input* at = x + r * g.input_stride + k;
+            acc[r][0] = T::multiply(acc[r][0], at, first);
+            acc[r][1] = T::multiply(acc[r][1], at, second);
+        }
+        w += PANEL * T::STEP;
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++) {
+        if constexpr (T::STEP == 4) {
+            const __m512i sum = _mm512_set1_epi32(g.row_sum[row + r]);
+            const __m512 scale = _mm512_set1_ps(g.row_scale[row + r]);
+            const float* columns = g.column_scale + panel * PANEL;
+            auto scaled = [&](__m512i value, const float* of) {
+                return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(value, sum)),
+                                     _mm512_mul_ps(scale, _mm512_loadu_ps(of)));
+            };
+            g.epilogue.apply(row + r, panel, scaled(acc[r][0], columns), scaled(acc[r][1], columns + LANES));
+        } else {
+            g.epilogue.apply(row + r, panel, acc[r][0], acc[r][1]);
+        }
+    }
+}
+
+template <typename T, int ROWS = MAX_ROWS>
+void multiply_rows(const Gemm& g, int rows, int row, int panel) {
+    if constexpr (ROWS >= 1) {
+        if (rows == ROWS) {
+            multiply_tile<T, ROWS>(g, row, panel);
+        } else {
+            multiply_rows<T, ROWS - 1>(g, rows, row, panel);
+        }
+    }
+}
+
+// This thread's part of the product: a run of panels, all rows of each while it is near.
+template <typename T>
+void multiply(const Gemm& g, int thread, int threads) {
+    const int begin = static_cast<int>(static_cast<std::int64_t>(g.panels) * thread / threads);
+    const int end = static_cast<int>(static_cast<std::int64_t>(g.panels) * (thread + 1) / threads);
+    const int tiles = (g.rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int panel = begin; panel < end; panel++) {
+        for (int tile = 0; tile < tiles; tile++) {
+            const int row = static_cast<int>(static_cast<std::int64_t>(g.rows) * tile / tiles);
+            const int next = static_cast<int>(static_cast<std::int64_t>(g.rows) * (tile + 1) / tiles);
+            multiply_rows<T>(g, next - row, row, panel);
+        }
+    }
+}
+
+// Of the packed layout: which row of the weight [N, K] is this column of a panel; -1 for padding.
+inline int weight_row(int panel, int column, int rows, bool gated) {
+    if (!gated) {
+        const int row = panel * PANEL + column;
+        return row < rows ? row : -1;
+    }
+    const int half = rows / 2, within = panel * LANES + column % LANES;
+    return within < half ? within + (column < LANES ? 0 : half) : -1;
+}
+
+// Where element k of a column stands in its panel.
+template <typename T>
+std::ptrdiff_t packed_index(int column, int k) {
+    return static_cast<std::ptrdiff_t>(k / T::STEP) * PANEL * T::STEP + column * T::STEP + k % T::STEP;
+}
+
+}  // namespace salver

@@ -1,0 +1,99 @@
+// Sixteen floats at a time: conversions, exponential, activations.
+//
+// Every function here is a fixed sequence of IEEE operations, so that a value gives the same bits
+// wherever it stands among its neighbours. Compiled without -ffast-math for the same reason.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace salver {
+
+using bf16 = std::uint16_t;
+
+constexpr int LANES = 16;
+
+inline float to_float(bf16 value) {
+    std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline __mmask16 tail_mask(int count) {
+    return static_cast<__mmask16>(count >= LANES ? 0xffff : (1u << (count > 0 ? count : 0)) - 1);
+}
+
+inline __m512 load_bf16(const bf16* from, __mmask16 mask = 0xffff) {
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline void store(float* to, __m512 value, __mmask16 mask = 0xffff) { _mm512_mask_storeu_ps(to, mask, value); }
+
+// Rounds to nearest even.
+inline void store(bf16* to, __m512 value, __mmask16 mask = 0xffff) {
+    _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+}
+
+inline bf16 to_bf16(float value) {
+    bf16 lanes[LANES];
+    store(lanes, _mm512_set1_ps(value));
+    return lanes[0];
+}
+
+// e^x within 2 units in the last place: 2^n by the exponent, the rest by a polynomial of degree 6
+// (Cephes expf). Below -87.3 the result is 0, so that what is masked with -inf weighs nothing.
+inline __m512 exponential(__m512 x) {
+    const __m512 lowest = _mm512_set1_ps(-87.33654f);
+    const __mmask16 alive = _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ);  // NaN stays alive
+    x = _mm512_min_ps(_mm512_set1_ps(88.72283f), x);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_maskz_scalef_ps(alive, p, n);
+}
+
+enum Activation : std::int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4 };
+
+inline __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+inline __m512 activate(__m512 x, std::int32_t activation) {
+    switch (activation) {
+        case SILU:
+            return _mm512_mul_ps(x, sigmoid(x));
+        case GELU: {
+            alignas(64) float lanes[LANES];
+            _mm512_store_ps(lanes, x);
+            for (float& lane : lanes) lane = 0.5f * lane * (1.0f + std::erf(lane * 0.70710678f));
+            return _mm512_load_ps(lanes);
+        }
+        case GELU_TANH: {  // (1 + tanh(u)) / 2 = sigmoid(2u)
+            const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+            const __m512 u = _mm512_mul_ps(_mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x),
+                                           _mm512_set1_ps(2.0f * 0.79788456f));
+            return _mm512_mul_ps(x, sigmoid(u));
+        }
+        case RELU:
+            return _mm512_max_ps(_mm512_setzero_ps(), x);
+        default:
+            return x;
+    }
+}
+
+}  // namespace salver

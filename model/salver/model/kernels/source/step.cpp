@@ -1,0 +1,416 @@
+// A step of a decoder: a list of operations, run by all threads together with a barrier between two.
+//
+// Plain C interface, called through ctypes. The threads are OpenMP's, those that torch uses: the
+// caller passes the address of GOMP_parallel, so that one pool of threads exists in the process.
+
+#include <algorithm>
+#include <atomic>
+#include <sched.h>
+#include <utility>
+
+#include "attention.h"
+#include "gemm.h"
+#include "simd.h"
+
+using namespace salver;
+
+namespace {
+
+enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2 };
+enum Kind : std::int32_t {
+    EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7
+};
+
+// A matrix of activations with one row for each row of the step.
+struct Buffer {
+    void* data;
+    std::int64_t stride;       // elements
+    std::int32_t precision;
+    std::int32_t width;        // elements in use
+    float* row_scale;          // int8 alone
+    std::int32_t* row_sum;     // int8 alone: 128 times the sum
+};
+
+struct Weight {
+    const void* data;          // packed in panels, or rows for a table
+    const float* bias;         // panel order, or null
+    const float* column_scale; // int8 alone, panel order
+    std::int32_t precision;
+    std::int32_t rows, depth;  // [rows, depth] as in the checkpoint
+    std::int32_t panels;       // 0: a table
+};
+
+struct Operation {
+    std::int32_t kind;
+    std::int32_t layer;
+    std::int32_t in, out;      // buffers
+    std::int32_t weight;       // of the list of weights, or -1
+    std::int32_t extra;        // EMBED: the weight of learned positions, or -1
+    std::int32_t epilogue, activation;
+    const float* scale;        // norms
+    const float* shift;        // LAYER_NORM
+    float epsilon;
+};
+
+struct Program {
+    const Operation* operations;
+    std::int32_t num_operations;
+    std::int32_t cache_precision;
+    const Buffer* buffers;
+    const Weight* weights;
+    CacheShape cache;
+};
+
+// Threads meet here. They spin for a moment, since operations are short, and then let others run.
+class Barrier {
+public:
+    explicit Barrier(int threads) : threads_(threads) {}
+    void wait() {
+        if (threads_ == 1) return;
+        const unsigned round = round_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+            if (spins < 4096) {
+                _mm_pause();
+            } else {
+                sched_yield();
+            }
+        }
+    }
+
+private:
+    const int threads_;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<unsigned> round_{0};
+};
+
+std::pair<int, int> part(int count, int thread, int threads) {
+    return {static_cast<int>(static_cast<std::int64_t>(count) * thread / threads),
+            static_cast<int>(static_cast<std::int64_t>(count) * (thread + 1) / threads)};
+}
+
+float* floats(const Buffer& buffer, int row) { return static_cast<float*>(buffer.data) + row * buffer.stride; }
+
+// A row of floats into a buffer of any precision. Int8: symmetric, one scale for the row (Dettmers et al. 2022,
+// "LLM.int8()", section 2), so that rows don't know one another.
+void put_row(const Buffer& to, int row, const float* values) {
+    if (to.precision == FLOAT) {
+        std::memcpy(floats(to, row), values, to.width * sizeof(float));
+        return;
+    }
+    if (to.precision == BF16) {
+        bf16* out = static_cast<bf16*>(to.data) + row * to.stride;
+        for (int i = 0; i < to.width; i += LANES) {
+            const __mmask16 mask = tail_mask(to.width - i);
+            store(out + i, _mm512_maskz_loadu_ps(mask, values + i), mask);
+        }
+        return;
+    }
+    __m512 most = _mm512_setzero_ps();
+    for (int i = 0; i < to.width; i += LANES)
+        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(tail_mask(to.width - i), values + i)));
+    const float highest = _mm512_reduce_max_ps(most);
+    const __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
+    std::int8_t* out = static_cast<std::int8_t*>(to.data) + row * to.stride;
+    __m512i sum = _mm512_setzero_si512();
+    for (int i = 0; i < to.width; i += LANES) {
+        const __mmask16 mask = tail_mask(to.width - i);
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), inverse));
+        sum = _mm512_add_epi32(sum, rounded);
+        _mm_mask_storeu_epi8(out + i, mask, _mm512_cvtepi32_epi8(rounded));
+    }
+    // A row that is not numbers stays that: its scale carries it.
+    __m512 check = _mm512_setzero_ps();
+    for (int i = 0; i < to.width; i += LANES)
+        check = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(tail_mask(to.width - i), values + i), _mm512_setzero_ps(), check);
+    to.row_scale[row] = highest / 127.0f + _mm512_reduce_add_ps(check);
+    to.row_sum[row] = 128 * _mm512_reduce_add_epi32(sum);
+}
+
+// Row `index` of a weight, as floats.
+void read_row(const Weight& w, std::int64_t index, float* out, bool add) {
+    auto put = [&](int k, float value) { out[k] = add ? out[k] + value : value; };
+    const std::int64_t depth = w.depth;
+    if (w.panels == 0) {
+        for (int k = 0; k < w.depth; k++)
+            put(k, w.precision == FLOAT ? static_cast<const float*>(w.data)[index * depth + k]
+                                        : to_float(static_cast<const bf16*>(w.data)[index * depth + k]));
+        return;
+    }
+    const std::int64_t panel = index / PANEL * PANEL * depth;
+    const int column = static_cast<int>(index % PANEL);
+    for (int k = 0; k < w.depth; k++) {
+        if (w.precision == FLOAT) {
+            put(k, static_cast<const float*>(w.data)[panel + packed_index<Float>(column, k)]);
+        } else if (w.precision == BF16) {
+            put(k, to_float(static_cast<const bf16*>(w.data)[panel + packed_index<Half>(column, k)]));
+        } else {
+            const int value = static_cast<const std::uint8_t*>(w.data)[panel + packed_index<Int8>(column, k)] - 128;
+            put(k, static_cast<float>(value) * w.column_scale[index]);
+        }
+    }
+}
+
+void norm_row(const Operation& op, const float* x, int width, float* out) {
+    __m512 sum = _mm512_setzero_ps();
+    float mean = 0;
+    if (op.kind == LAYER_NORM) {
+        for (int i = 0; i < width; i += LANES)
+            sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(tail_mask(width - i), x + i));
+        mean = _mm512_reduce_add_ps(sum) / static_cast<float>(width);
+        sum = _mm512_setzero_ps();
+    }
+    for (int i = 0; i < width; i += LANES) {
+        const __mmask16 mask = tail_mask(width - i);
+        const __m512 from = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(mean));
+        sum = _mm512_fmadd_ps(from, from, sum);
+    }
+    const float inverse = 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(width) + op.epsilon);
+    for (int i = 0; i < width; i += LANES) {
+        const __mmask16 mask = tail_mask(width - i);
+        __m512 y = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(mean));
+        y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(inverse)), _mm512_maskz_loadu_ps(mask, op.scale + i));
+        if (op.shift != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, op.shift + i));
+        store(out + i, y, mask);
+    }
+}
+
+template <typename Out>
+Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
+    Gemm g{};
+    g.input = in.data;
+    g.input_stride = in.stride;
+    g.row_scale = in.row_scale;
+    g.row_sum = in.row_sum;
+    g.weight = w.data;
+    g.column_scale = w.column_scale;
+    g.rows = rows;
+    g.panels = w.panels;
+    g.depth = w.depth;
+    g.epilogue = out;
+    return g;
+}
+
+void run_product(const Gemm& g, int precision, int thread, int threads) {
+    if (precision == FLOAT) {
+        multiply<Float>(g, thread, threads);
+    } else if (precision == BF16) {
+        multiply<Half>(g, thread, threads);
+    } else {
+        multiply<Int8>(g, thread, threads);
+    }
+}
+
+struct Team {
+    const Program& program;
+    const Step& step;
+    void (*on_progress)();
+    int threads;
+    Barrier barrier;
+    std::atomic<int> next_thread{0};
+    // Work that is dealt out piece by piece, counted up in turns of three: one in use, one to be cleared.
+    std::atomic<int> dealt[3] = {0, 0, 0};
+};
+
+constexpr int CHUNK = 24;  // query rows of a piece of attention
+constexpr int MAX_WIDTH = 32768;
+
+template <typename T>
+void attend_all(const Program& p, const Step& step, const Operation& op, std::atomic<int>& dealt) {
+    const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
+    const Attention a{p.cache, step, op.layer, static_cast<const float*>(in.data), in.stride,
+                      out.data, out.stride, out.precision == BF16};
+    const int group = p.cache.heads / p.cache.kv_heads;
+    int mine = dealt.fetch_add(1), piece = 0;
+    // From the last to the first: the later pieces of a chunk have the most keys.
+    for (int sequence = step.num_sequences - 1; sequence >= 0; sequence--) {
+        const int rows = (step.query_starts[sequence + 1] - step.query_starts[sequence]) * group;
+        const int pieces = (rows + CHUNK - 1) / CHUNK;
+        const int end = piece + pieces * p.cache.kv_heads;
+        for (; mine < end; mine = dealt.fetch_add(1)) {
+            const int chunk = pieces - 1 - (mine - piece) / p.cache.kv_heads;
+            attend<T>(a, sequence, (mine - piece) % p.cache.kv_heads, chunk * CHUNK, std::min(rows, (chunk + 1) * CHUNK));
+        }
+        piece = end;
+    }
+}
+
+void run_operation(Team& team, const Operation& op, int thread, int turn) {
+    const Program& p = team.program;
+    const Step& step = team.step;
+    const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
+    const auto [begin, end] = part(step.num_rows, thread, team.threads);
+    switch (op.kind) {
+        case EMBED:
+            for (int row = begin; row < end; row++) {
+                read_row(p.weights[op.weight], step.token_ids[row], floats(out, row), false);
+                if (op.extra >= 0) read_row(p.weights[op.extra], step.positions[row], floats(out, row), true);
+            }
+            break;
+        case RMS_NORM:
+        case LAYER_NORM: {
+            alignas(64) float normed[MAX_WIDTH];
+            for (int row = begin; row < end; row++) {
+                norm_row(op, floats(in, row), in.width, normed);
+                put_row(out, row, normed);
+            }
+            break;
+        }
+        case QUANTIZE:
+            for (int row = begin; row < end; row++) put_row(out, row, floats(in, row));
+            break;
+        case MULTIPLY: {
+            const Weight& w = p.weights[op.weight];
+            Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias};
+            e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
+            run_product(product(w, in, e, step.num_rows), w.precision, thread, team.threads);
+            break;
+        }
+        case ROTATE_AND_STORE:
+            for (int row = begin; row < end; row++) {
+                if (p.cache_precision == FLOAT) {
+                    rotate_and_store<Float>(p.cache, step, op.layer, row, floats(in, row));
+                } else {
+                    rotate_and_store<Half>(p.cache, step, op.layer, row, floats(in, row));
+                }
+            }
+            break;
+        case ATTEND:
+            if (p.cache_precision == FLOAT) {
+                attend_all<Float>(p, step, op, team.dealt[turn]);
+            } else {
+                attend_all<Half>(p, step, op, team.dealt[turn]);
+            }
+            break;
+        case PROGRESS:
+            if (thread == 0 && team.on_progress != nullptr) team.on_progress();
+            break;
+    }
+}
+
+void work(void* argument) {
+    Team& team = *static_cast<Team*>(argument);
+    const int thread = team.next_thread.fetch_add(1);
+    int turn = 0;
+    for (int i = 0; i < team.program.num_operations; i++) {
+        const Operation& op = team.program.operations[i];
+        if (op.kind == ATTEND) turn = (turn + 1) % 3;
+        if (thread == 0 && op.kind == ATTEND) team.dealt[(turn + 1) % 3].store(0);
+        run_operation(team, op, thread, turn);
+        if (op.kind != PROGRESS) team.barrier.wait();
+    }
+}
+
+struct HeadWork {
+    Gemm gemm;
+    int precision, threads;
+    std::atomic<int> next_thread{0};
+};
+
+void work_head(void* argument) {
+    HeadWork& head = *static_cast<HeadWork*>(argument);
+    run_product(head.gemm, head.precision, head.next_thread.fetch_add(1), head.threads);
+}
+
+struct PackWork {
+    const void* from;
+    std::int32_t from_bf16, precision, rows, depth, gated, threads;
+    void* to;
+    float* column_scale;
+    std::atomic<int> next_thread{0};
+};
+
+template <typename T, typename Convert>
+void pack_row(const PackWork& p, int panel, int column, Convert convert) {
+    using Value = typename T::Weight;
+    Value* to = static_cast<Value*>(p.to) + static_cast<std::ptrdiff_t>(panel) * PANEL * p.depth;
+    for (int k = 0; k < p.depth; k++) to[packed_index<T>(column, k)] = convert(k);
+}
+
+void pack_column(const PackWork& p, int panel, int column) {
+    const int row = weight_row(panel, column, p.rows, p.gated != 0);
+    const std::ptrdiff_t start = static_cast<std::ptrdiff_t>(row) * p.depth;
+    auto value = [&](int k) {
+        if (row < 0) return 0.0f;
+        return p.from_bf16 ? to_float(static_cast<const bf16*>(p.from)[start + k])
+                           : static_cast<const float*>(p.from)[start + k];
+    };
+    if (p.precision == FLOAT) {
+        pack_row<Float>(p, panel, column, value);
+    } else if (p.precision == BF16) {
+        if (p.from_bf16 && row >= 0) {
+            pack_row<Half>(p, panel, column, [&](int k) { return static_cast<const bf16*>(p.from)[start + k]; });
+        } else {
+            pack_row<Half>(p, panel, column, [&](int k) { return to_bf16(value(k)); });
+        }
+    } else {
+        float highest = 0;
+        for (int k = 0; k < p.depth; k++) highest = std::max(highest, std::fabs(value(k)));
+        const float inverse = highest > 0 ? 127.0f / highest : 0.0f;
+        p.column_scale[panel * PANEL + column] = highest / 127.0f;
+        pack_row<Int8>(p, panel, column, [&](int k) {
+            return static_cast<std::uint8_t>(static_cast<int>(std::nearbyint(value(k) * inverse)) + 128);
+        });
+    }
+}
+
+void work_pack(void* argument) {
+    PackWork& p = *static_cast<PackWork*>(argument);
+    const int panels = ((p.gated ? p.rows / 2 : p.rows) + (p.gated ? LANES : PANEL) - 1) / (p.gated ? LANES : PANEL);
+    const auto [begin, end] = part(panels, p.next_thread.fetch_add(1), p.threads);
+    for (int panel = begin; panel < end; panel++)
+        for (int column = 0; column < PANEL; column++) pack_column(p, panel, column);
+}
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel parallel_region = nullptr;
+
+void in_parallel(void (*function)(void*), void* argument, int threads) {
+    if (threads == 1) {
+        function(argument);
+    } else {
+        parallel_region(function, argument, static_cast<unsigned>(threads), 0);
+    }
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Bumped with any change of the structures or of a result's bits.
+std::int32_t salver_version() { return 1; }
+
+void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
+
+void salver_run(const Program* program, const Step* step, std::int32_t threads, void (*on_progress)()) {
+    Team team{*program, *step, on_progress, threads, Barrier(threads)};
+    in_parallel(work, &team, threads);
+}
+
+// float [rows, weight->rows] of rows of a buffer: the head.
+void salver_multiply(const Buffer* in, const Weight* weight, float* out, std::int32_t rows, std::int32_t threads) {
+    HeadWork head{};
+    const Epilogue e{Epilogue::STORE, NONE, false, out, weight->rows, weight->rows, weight->bias};
+    head.gemm = product(*weight, *in, e, rows);
+    head.precision = weight->precision;
+    head.threads = threads;
+    in_parallel(work_head, &head, threads);
+}
+
+// Copies rows of floats into a buffer of the precision that products want.
+void salver_put_rows(const Buffer* to, const float* from, const std::int64_t* rows, std::int32_t count, std::int64_t stride) {
+    for (int i = 0; i < count; i++) put_row(*to, i, from + rows[i] * stride);
+}
+
+void salver_pack(const void* from, std::int32_t from_bf16, std::int32_t precision, std::int32_t rows, std::int32_t depth,
+                 std::int32_t gated, void* to, float* column_scale, std::int32_t threads) {
+    PackWork pack{from, from_bf16, precision, rows, depth, gated, threads, to, column_scale};
+    in_parallel(work_pack, &pack, threads);
+}
+}
+#pragma GCC visibility pop
