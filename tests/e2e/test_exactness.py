@@ -6,7 +6,7 @@ prefix-cache hit, with the prompt in chunks, and after preemption.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,13 @@ def together(server: Server, asked: list[Any], others: int = 0) -> list[list[lis
 Answers = list[list[list[int]]]
 
 
-@pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2"])
-def checkpoint(request: pytest.FixtureRequest) -> Path:
-    path: Path = request.getfixturevalue(request.param)
-    return path
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2", "tiny_llama in torch"])
+def checkpoint(request: pytest.FixtureRequest) -> Iterator[Path]:
+    name, _, kernels = request.param.partition(" in ")
+    path: Path = request.getfixturevalue(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SALVER_KERNELS", kernels or "auto")
+        yield path
 
 
 @pytest.fixture(scope="module")

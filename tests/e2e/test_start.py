@@ -228,3 +228,12 @@ def test_make_run(smollm2_gguf: Path, cache_dir: Path) -> None:
         if process.poll() is None:
             process.terminate()
             process.wait(30)
+
+
+def test_the_kernel_that_computes_is_told(tiny: Server, tiny_llama: Path, tmp_path: Path) -> None:
+    """Native where it can be had; else plain torch, saying why; and no start where it was insisted on."""
+    told = next(line for line in tiny.lines if "msg=ready" in line)
+    assert "kernels=native" in told or 'kernels="torch (' in told
+    without = {"PATH": "", "CXX": ""}
+    said = failed_start(tiny_llama, "--kernels", "native", cache_dir=tmp_path, env=without)
+    assert "--kernels native" in said and ("compiler" in said or "processor" in said)

@@ -13,6 +13,7 @@ from torch import Tensor
 from salver.model.attention import AttentionBatch
 from salver.model.cache import KVCache
 from salver.model.loader import load_model
+from salver.model.transformer import Decoder
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
@@ -29,9 +30,20 @@ class Stack:
         numerics: str = "exact",
         num_blocks: int = 400,
     ) -> None:
-        self.model = load_model(checkpoint, device=CPU, dtype=dtype, numerics=numerics)
-        self.cache = KVCache(self.model.spec, num_blocks, BLOCK_SIZE, dtype=dtype, device=CPU)
-        self.free = list(range(1, num_blocks))
+        model = load_model(checkpoint, device=CPU, dtype=dtype, numerics=numerics)
+        self._hold(model, KVCache(model.spec, num_blocks, BLOCK_SIZE, dtype=dtype, device=CPU))
+
+    @classmethod
+    def of(cls, model: Decoder, cache: KVCache) -> Stack:
+        """Drives a model that is there already."""
+        stack = cls.__new__(cls)
+        stack._hold(model, cache)
+        return stack
+
+    def _hold(self, model: Decoder, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self.block_size = cache.block_size
+        self.free = list(range(1, cache.num_blocks))
         random.Random(0).shuffle(self.free)
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
@@ -39,6 +51,7 @@ class Stack:
     @torch.inference_mode()
     def step(self, parts: Sequence[tuple[int, Sequence[int]]], padding: int = 0) -> list[Tensor]:
         """Appends tokens to sequences, all in one step; gives the logits [n, vocab] of each part."""
+        size = self.block_size
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -47,11 +60,11 @@ class Stack:
             table = self.tables.setdefault(sequence, [])
             begin = self.lengths.get(sequence, 0)
             end = self.lengths[sequence] = begin + len(tokens)
-            while len(table) * BLOCK_SIZE < end:
+            while len(table) * size < end:
                 table.append(self.free.pop())
             token_ids += tokens
             positions += range(begin, end)
-            slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(begin, end)]
+            slots += [table[p // size] * size + p % size for p in range(begin, end)]
             bounds.append(len(token_ids))
         tables = [self.tables[sequence] for sequence, _ in parts]
         widest = max(map(len, tables))
@@ -59,7 +72,7 @@ class Stack:
             cu_seqlens_q=bounds,
             seq_lens=[self.lengths[sequence] for sequence, _ in parts],
             block_tables=torch.tensor([table + [0] * (widest - len(table)) for table in tables]),
-            slot_mapping=torch.tensor(slots + [i % BLOCK_SIZE for i in range(padding)]),
+            slot_mapping=torch.tensor(slots + [i % size for i in range(padding)]),
         )
         hidden = self.model(
             torch.tensor(token_ids + [0] * padding),

@@ -23,7 +23,7 @@ PROCESSOR_FEATURES = (
     "avx512_vnni",
 )
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden"),
+    *("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden"),
     *("-mavx2", "-mfma", "-mf16c"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"),
 )

@@ -126,13 +126,17 @@ private:
             values[i] = cache_.part<Value>(layer_, block, 1, kv_head_);
         }
         __m512 scores[ROWS][TILE_BLOCKS];
-        for (auto& row : scores)
-            for (auto& lanes : row) lanes = _mm512_setzero_ps();
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < TILE_BLOCKS; i++) scores[r][i] = _mm512_setzero_ps();
         for (int d = 0; d < cache_.head_dim; d += T::STEP) {
             __m512i key[TILE_BLOCKS];
+#pragma GCC unroll 4
             for (int i = 0; i < TILE_BLOCKS; i++) key[i] = T::weights(keys[i] + d * BLOCK);
 #pragma GCC unroll 6
             for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
                 for (int i = 0; i < TILE_BLOCKS; i++)
                     scores[r][i] = T::multiply(scores[r][i], query_[r] + d, key[i]);
         }
@@ -173,20 +177,26 @@ private:
     template <int VECTORS>
     void add_values(int d, int blocks, const Value* const* values) {
         __m512 sum[ROWS][VECTORS];
+#pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_load_ps(sum_[r] + d + v * LANES);
         for (int i = 0; i < blocks; i++) {
             for (int key = 0; key < BLOCK; key += T::STEP) {
                 const Value* from = values[i] + key * cache_.head_dim + d * T::STEP;
                 __m512i value[VECTORS];
+#pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) value[v] = T::weights(from + v * LANES * T::STEP);
 #pragma GCC unroll 6
                 for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++)
                         sum[r][v] = T::multiply(sum[r][v], weights_[r] + i * BLOCK + key, value[v]);
             }
         }
+#pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) _mm512_store_ps(sum_[r] + d + v * LANES, sum[r][v]);
     }
 

@@ -120,7 +120,8 @@ void multiply_tile(const Gemm& g, int row, int panel) {
     using Input = typename T::Input;
     using Weight = typename T::Weight;
     typename T::Acc acc[ROWS][2];
-    for (auto& pair : acc) pair[0] = pair[1] = T::zero();
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++) acc[r][0] = acc[r][1] = T::zero();
     const Input* x = static_cast<const Input*>(g.input) + row * g.input_stride;
     const Weight* w = static_cast<const Weight*>(g.weight) +
                       static_cast<std::ptrdiff_t>(panel) * PANEL * g.depth;
@@ -162,11 +163,9 @@ void multiply_rows(const Gemm& g, int rows, int row, int panel) {
     }
 }
 
-// This thread's part of the product: a run of panels, all rows of each while it is near.
+// Panels [begin, end) of the product, all rows of each while it is near.
 template <typename T>
-void multiply(const Gemm& g, int thread, int threads) {
-    const int begin = static_cast<int>(static_cast<std::int64_t>(g.panels) * thread / threads);
-    const int end = static_cast<int>(static_cast<std::int64_t>(g.panels) * (thread + 1) / threads);
+void multiply(const Gemm& g, int begin, int end) {
     const int tiles = (g.rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int panel = begin; panel < end; panel++) {
         for (int tile = 0; tile < tiles; tile++) {

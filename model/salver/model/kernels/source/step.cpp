@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <sched.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #include <utility>
 
 #include "attention.h"
@@ -61,31 +63,50 @@ struct Program {
     CacheShape cache;
 };
 
-// Threads meet here. They spin for a moment, since operations are short, and then let others run.
+// Threads meet here. They spin for a moment, since operations are short; then they sleep, which frees the
+// processor for the thread that is late because another process has taken its own.
 class Barrier {
 public:
     explicit Barrier(int threads) : threads_(threads) {}
     void wait() {
         if (threads_ == 1) return;
-        const unsigned round = round_.load(std::memory_order_acquire);
+        const std::uint32_t round = round_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
             arrived_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
+            round_.store(round + 1, std::memory_order_seq_cst);
+            if (sleeping_.load(std::memory_order_seq_cst) > 0) futex(FUTEX_WAKE_PRIVATE, threads_);
             return;
         }
-        for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
-            if (spins < 4096) {
-                _mm_pause();
-            } else {
-                sched_yield();
-            }
+        for (int spins = 0; spins < SPINS; spins++) {
+            if (round_.load(std::memory_order_acquire) != round) return;
+            _mm_pause();
         }
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        while (round_.load(std::memory_order_seq_cst) == round) futex(FUTEX_WAIT_PRIVATE, round);
+        sleeping_.fetch_sub(1, std::memory_order_relaxed);
     }
 
 private:
+    static constexpr int SPINS = 1500;  // about 30 microseconds
+
+    void futex(int operation, std::uint32_t value) {
+        syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&round_), operation, value, nullptr, nullptr, 0);
+    }
+
     const int threads_;
     alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<unsigned> round_{0};
+    alignas(64) std::atomic<std::uint32_t> round_{0};
+    std::atomic<int> sleeping_{0};
+};
+
+// Deals out the pieces of an operation, so that a thread that lost its processor for a while does less.
+class Dealer {
+public:
+    void clear() { next_.store(0, std::memory_order_relaxed); }
+    int take(int pieces = 1) { return next_.fetch_add(pieces, std::memory_order_relaxed); }
+
+private:
+    alignas(64) std::atomic<int> next_{0};
 };
 
 std::pair<int, int> part(int count, int thread, int threads) {
@@ -195,13 +216,20 @@ Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
     return g;
 }
 
-void run_product(const Gemm& g, int precision, int thread, int threads) {
-    if (precision == FLOAT) {
-        multiply<Float>(g, thread, threads);
-    } else if (precision == BF16) {
-        multiply<Half>(g, thread, threads);
-    } else {
-        multiply<Int8>(g, thread, threads);
+
+void run_product(const Gemm& g, int precision, int threads, Dealer& dealer) {
+    // With few rows the weight streams from memory, which likes long runs.
+    const int pieces = threads * (g.rows < 8 ? 2 : 8);
+    const int run = threads == 1 ? g.panels : std::max(1, g.panels / pieces);
+    for (int begin = dealer.take(run); begin < g.panels; begin = dealer.take(run)) {
+        const int end = std::min(g.panels, begin + run);
+        if (precision == FLOAT) {
+            multiply<Float>(g, begin, end);
+        } else if (precision == BF16) {
+            multiply<Half>(g, begin, end);
+        } else {
+            multiply<Int8>(g, begin, end);
+        }
     }
 }
 
@@ -212,26 +240,25 @@ struct Team {
     int threads;
     Barrier barrier;
     std::atomic<int> next_thread{0};
-    // Work that is dealt out piece by piece, counted up in turns of three: one in use, one to be cleared.
-    std::atomic<int> dealt[3] = {0, 0, 0};
+    Dealer dealers[3];  // of operation i the one i % 3; the next one is cleared meanwhile
 };
 
 constexpr int CHUNK = 24;  // query rows of a piece of attention
 constexpr int MAX_WIDTH = 32768;
 
 template <typename T>
-void attend_all(const Program& p, const Step& step, const Operation& op, std::atomic<int>& dealt) {
+void attend_all(const Program& p, const Step& step, const Operation& op, Dealer& dealer) {
     const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
     const Attention a{p.cache, step, op.layer, static_cast<const float*>(in.data), in.stride,
                       out.data, out.stride, out.precision == BF16};
     const int group = p.cache.heads / p.cache.kv_heads;
-    int mine = dealt.fetch_add(1), piece = 0;
+    int mine = dealer.take(), piece = 0;
     // From the last to the first: the later pieces of a chunk have the most keys.
     for (int sequence = step.num_sequences - 1; sequence >= 0; sequence--) {
         const int rows = (step.query_starts[sequence + 1] - step.query_starts[sequence]) * group;
         const int pieces = (rows + CHUNK - 1) / CHUNK;
         const int end = piece + pieces * p.cache.kv_heads;
-        for (; mine < end; mine = dealt.fetch_add(1)) {
+        for (; mine < end; mine = dealer.take()) {
             const int chunk = pieces - 1 - (mine - piece) / p.cache.kv_heads;
             attend<T>(a, sequence, (mine - piece) % p.cache.kv_heads, chunk * CHUNK, std::min(rows, (chunk + 1) * CHUNK));
         }
@@ -239,7 +266,7 @@ void attend_all(const Program& p, const Step& step, const Operation& op, std::at
     }
 }
 
-void run_operation(Team& team, const Operation& op, int thread, int turn) {
+void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) {
     const Program& p = team.program;
     const Step& step = team.step;
     const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
@@ -267,7 +294,7 @@ void run_operation(Team& team, const Operation& op, int thread, int turn) {
             const Weight& w = p.weights[op.weight];
             Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias};
             e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
-            run_product(product(w, in, e, step.num_rows), w.precision, thread, team.threads);
+            run_product(product(w, in, e, step.num_rows), w.precision, team.threads, dealer);
             break;
         }
         case ROTATE_AND_STORE:
@@ -281,9 +308,9 @@ void run_operation(Team& team, const Operation& op, int thread, int turn) {
             break;
         case ATTEND:
             if (p.cache_precision == FLOAT) {
-                attend_all<Float>(p, step, op, team.dealt[turn]);
+                attend_all<Float>(p, step, op, dealer);
             } else {
-                attend_all<Half>(p, step, op, team.dealt[turn]);
+                attend_all<Half>(p, step, op, dealer);
             }
             break;
         case PROGRESS:
@@ -295,25 +322,23 @@ void run_operation(Team& team, const Operation& op, int thread, int turn) {
 void work(void* argument) {
     Team& team = *static_cast<Team*>(argument);
     const int thread = team.next_thread.fetch_add(1);
-    int turn = 0;
     for (int i = 0; i < team.program.num_operations; i++) {
-        const Operation& op = team.program.operations[i];
-        if (op.kind == ATTEND) turn = (turn + 1) % 3;
-        if (thread == 0 && op.kind == ATTEND) team.dealt[(turn + 1) % 3].store(0);
-        run_operation(team, op, thread, turn);
-        if (op.kind != PROGRESS) team.barrier.wait();
+        // Nobody is at operation i + 1 before all have met after i, nor still at i - 2.
+        if (thread == 0) team.dealers[(i + 1) % 3].clear();
+        run_operation(team, team.program.operations[i], thread, team.dealers[i % 3]);
+        team.barrier.wait();
     }
 }
 
 struct HeadWork {
     Gemm gemm;
     int precision, threads;
-    std::atomic<int> next_thread{0};
+    Dealer dealer;
 };
 
 void work_head(void* argument) {
     HeadWork& head = *static_cast<HeadWork*>(argument);
-    run_product(head.gemm, head.precision, head.next_thread.fetch_add(1), head.threads);
+    run_product(head.gemm, head.precision, head.threads, head.dealer);
 }
 
 struct PackWork {

@@ -1,0 +1,260 @@
+"""The native kernel agrees with plain torch, and a row's bits don't depend on its company."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.stack import CPU, Stack
+
+from salver.model.attention.reference import ReferenceAttention
+from salver.model.cache import KVCache
+from salver.model.kernels import build
+from salver.model.kernels.build import KernelUnavailable
+from salver.model.kernels.library import Library, Precision
+from salver.model.kernels.program import NativeTransformer
+from salver.model.spec import LearnedPositions, ModelSpec, NormSpec, RopePositions, WeightMap
+from salver.model.transformer import Transformer
+
+VOCABULARY, CONTEXT = 149, 512
+BLOCKS, BLOCK_SIZE = 160, 16
+PRECISIONS = list(Precision)
+# Of logits whose largest are about 10: float32 by rounding alone; the others by what they round to.
+TOLERANCES = {Precision.FLOAT32: 2e-3, Precision.BFLOAT16: 0.5, Precision.INT8: 2.0}
+
+
+@pytest.fixture(scope="module")
+def library(cache_dir: Path) -> Library:
+    try:
+        return Library(build.find_or_build(cache_dir))
+    except KernelUnavailable as error:
+        pytest.skip(f"no native kernel here: {error}")
+
+
+def spec(**changes: Any) -> ModelSpec:
+    fields: dict[str, Any] = {
+        "architecture": "Random",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 100,
+        "max_position_embeddings": CONTEXT,
+        "norm": NormSpec("rms", 1e-5),
+        "positions": RopePositions(10000.0),
+        "activation": "silu",
+        "gated": True,
+        "qkv_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "tied_head": True,
+        "weights": WeightMap(),
+    }
+    return ModelSpec(**{**fields, **changes})
+
+
+LAYER_NORM: dict[str, Any] = {
+    "norm": NormSpec("layer", 1e-5),
+    "positions": LearnedPositions(),
+    "gated": False,
+    "qkv_bias": True,
+    "attention_out_bias": True,
+    "mlp_bias": True,
+}
+SPECS = {
+    "llama": spec(),
+    "untied": spec(tied_head=False),
+    "gpt2": spec(**LAYER_NORM, activation="gelu_new", num_kv_heads=6),
+    "gelu": spec(**LAYER_NORM, activation="gelu", head_dim=16),
+    "relu": spec(**LAYER_NORM, activation="relu", tied_head=False, hidden_size=100),
+    "biases and a gate": spec(qkv_bias=True, attention_out_bias=True, mlp_bias=True, activation="gelu"),
+    "one key head": spec(num_heads=7, num_kv_heads=1, head_dim=48),
+    "heads of 64": spec(num_heads=3, num_kv_heads=3, head_dim=64, hidden_size=192),
+    "heads of 80": spec(num_heads=4, head_dim=80, intermediate_size=516),
+    "heads of 128": spec(num_heads=2, num_kv_heads=1, head_dim=128, num_layers=1),
+    "heads of 256": spec(num_heads=2, num_kv_heads=1, head_dim=256, num_layers=1),
+}
+
+
+def random_model(of: ModelSpec, dtype: torch.dtype = torch.float32) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(of, ReferenceAttention())
+    model.place(CPU)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(0.0 if "bias" in name else 1.0, 0.3)
+            else:
+                parameter.normal_(0.0, 0.7 * parameter.shape[1] ** -0.5)
+        model.embed.weight.normal_(0.0, 1.0)
+    return model.to(dtype)
+
+
+def native(of: ModelSpec, library: Library, precision: Precision, threads: int = 2) -> Stack:
+    dtype = torch.float32 if precision is Precision.FLOAT32 else torch.bfloat16
+    cache = KVCache(of, BLOCKS, BLOCK_SIZE, dtype=dtype, device=CPU)
+    model = random_model(of, dtype)
+    return Stack.of(NativeTransformer(model, cache, library, precision=precision, threads=threads), cache)
+
+
+def reference(of: ModelSpec) -> Stack:
+    return Stack.of(random_model(of), KVCache(of, BLOCKS, BLOCK_SIZE, dtype=torch.float32, device=CPU))
+
+
+Cut = list[list[tuple[int, int]]]  # of each step: which sequence, how many of its tokens
+
+
+def random_cut(draw: random.Random, lengths: list[int]) -> Cut:
+    """Sequences come in any order, in chunks of any size, some steps apart."""
+    left = dict(enumerate(lengths))
+    steps: Cut = []
+    while left:
+        chosen = draw.sample(sorted(left), draw.randint(1, len(left)))
+        step = []
+        for sequence in chosen:
+            most = left[sequence]
+            size = 1 if draw.random() < 0.4 else draw.randint(1, most)
+            step.append((sequence, size))
+            left[sequence] -= size
+            if not left[sequence]:
+                del left[sequence]
+        steps.append(step)
+    return steps
+
+
+def run(stack: Stack, tokens: list[list[int]], steps: Cut) -> list[torch.Tensor]:
+    """The logits [n, vocab] of each sequence, cut as said."""
+    found: list[list[torch.Tensor]] = [[] for _ in tokens]
+    for number, step in enumerate(steps):
+        parts = []
+        for sequence, size in step:
+            begin = sum(len(rows) for rows in found[sequence])
+            parts.append((sequence, tokens[sequence][begin : begin + size]))
+        for (sequence, _), logits in zip(parts, stack.step(parts, padding=number % 3), strict=True):
+            found[sequence].append(logits)
+    for sequence in range(len(tokens)):
+        stack.end(sequence)
+    return [torch.cat(rows) for rows in found]
+
+
+def random_tokens(draw: random.Random, lengths: list[int]) -> list[list[int]]:
+    return [[draw.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_agrees_with_torch(library: Library, name: str, precision: Precision) -> None:
+    draw = random.Random(1)
+    lengths = [1, 7, 70, 150]
+    tokens, steps = random_tokens(draw, lengths), random_cut(draw, lengths)
+    expected = run(reference(SPECS[name]), tokens, steps)
+    for ours, theirs in zip(
+        run(native(SPECS[name], library, precision), tokens, steps), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCES[precision], rtol=1e-4)
+
+
+def mixes(stack: Stack, count: int, seed: int) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """(logits of sequences alone and whole, the same in a random mix)."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        lengths = [draw.choice((1, 2, 15, 16, 17, 40, 63, 64, 65, 130)) for _ in range(draw.randint(1, 5))]
+        tokens = random_tokens(draw, lengths)
+        alone = [run(stack, [one], [[(0, len(one))]])[0] for one in tokens]
+        yield alone, run(stack, tokens, random_cut(draw, lengths))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_same_bits_in_any_mix(library: Library, name: str, precision: Precision) -> None:
+    mixed = 0
+    for alone, together in mixes(native(SPECS[name], library, precision), 34, seed=len(name)):
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+        mixed += 1
+    assert mixed == 34  # six times: some two hundred
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_the_same_bits_on_any_number_of_threads(library: Library, precision: Precision) -> None:
+    draw = random.Random(2)
+    lengths = [3, 90, 33]
+    tokens, steps = random_tokens(draw, lengths), random_cut(draw, lengths)
+    one, three = (run(native(SPECS["llama"], library, precision, n), tokens, steps) for n in (1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_what_is_not_a_number_stays_in_its_sequence(library: Library, precision: Precision) -> None:
+    model = random_model(SPECS["untied"], torch.float32)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.embed.weight[5] = float("nan")
+    rows = []
+    for one in (model, broken):
+        dtype = torch.float32 if precision is Precision.FLOAT32 else torch.bfloat16
+        cache = KVCache(one.spec, BLOCKS, BLOCK_SIZE, dtype=dtype, device=CPU)
+        stack = Stack.of(
+            NativeTransformer(one.to(dtype), cache, library, precision=precision, threads=2), cache
+        )
+        rows.append(stack.step([(0, [1, 2, 3]), (1, [4, 5, 6]), (2, [7])]))
+        # The blocks of the broken one, used again, are as good as new.
+        stack.end(1)
+        rows.append(stack.step([(3, [8] * 20)]))
+    assert torch.equal(rows[0][0], rows[2][0]) and torch.equal(rows[0][2], rows[2][2])
+    assert rows[2][1][1:].isnan().all()
+    assert torch.equal(rows[1][0], rows[3][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"head_dim": 24}, "24"), ({"intermediate_size": 102}, "102"), ({"head_dim": 272}, "272")],
+)
+def test_what_it_does_not_know_is_refused_untouched(
+    library: Library, change: dict[str, Any], word: str
+) -> None:
+    model = random_model(spec(**change))
+    cache = KVCache(model.spec, 4, BLOCK_SIZE, dtype=torch.float32, device=CPU)
+    with pytest.raises(KernelUnavailable, match=word):
+        NativeTransformer(model, cache, library, precision=Precision.FLOAT32, threads=1)
+    assert model.embed.weight.numel() == VOCABULARY * model.spec.hidden_size
+
+
+# ---- building ----
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "check_processor", lambda: None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(KernelUnavailable, match="no C\\+\\+ compiler"):
+        build.find_or_build(tmp_path)
+
+
+def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "check_processor", lambda: None)
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'step.cpp:1: error: too modern' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(KernelUnavailable, match="too modern"):
+        build.find_or_build(tmp_path)
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["lock"]
+
+
+def test_a_processor_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PROCESSOR_FEATURES", ("avx512f", "avx1024"))
+    with pytest.raises(KernelUnavailable, match=r"avx1024|x86-64"):
+        build.check_processor()
+
+
+def test_another_librarys_file(tmp_path: Path) -> None:
+    (tmp_path / "kernel.so").write_bytes(b"not a library")
+    with pytest.raises(KernelUnavailable, match=r"kernel\.so"):
+        Library(tmp_path / "kernel.so")
