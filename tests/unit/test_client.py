@@ -181,7 +181,9 @@ def test_what_is_not_given_is_not_sent(client: Client, served) -> None:
     client.generate("hi")
     (request,) = served[1].requests
     assert request.prompt.text == "hi"
-    assert not request.sampling.ListFields() and not request.stopping.ListFields()
+    # But for the seed: drawn here, so that the call can be made anew.
+    assert [field.name for field, _ in request.sampling.ListFields()] == ["seed"]
+    assert not request.stopping.ListFields()
     assert not request.HasField("logprobs") and not request.HasField("resume")
     with pytest.raises(TypeError):
         client.generate("hi", temprature=1)  # type: ignore[call-arg]
@@ -232,7 +234,10 @@ def test_unavailable_is_tried_again(client: Client, served) -> None:
     served[1].failures_left = 1
     assert next(client.stream_generate("p")).text
     served[1].failures_left = 1
-    with Client(served[0], ConnectionOptions(max_attempts=1)) as once, pytest.raises(Unavailable):
+    with (
+        Client(served[0], ConnectionOptions(max_attempts=1, resume_attempts=0)) as once,
+        pytest.raises(Unavailable),
+    ):
         once.generate("p")
 
 
@@ -278,7 +283,7 @@ def test_the_asynchronous_client_does_the_same(served) -> None:
 
 def test_nobody_there() -> None:
     with (
-        Client("127.0.0.1:1", ConnectionOptions(max_attempts=1)) as client,
+        Client("127.0.0.1:1", ConnectionOptions(max_attempts=1, resume_attempts=0)) as client,
         pytest.raises(SalverError) as caught,
     ):
         client.generate("p", timeout=5)

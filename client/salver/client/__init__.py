@@ -4,6 +4,7 @@ from salver.client.async_client import AsyncClient, AsyncStream
 from salver.client.client import Client, Stream
 from salver.client.errors import (
     Cancelled,
+    DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
     FieldViolation,
@@ -49,6 +50,7 @@ __all__ = [
     "Client",
     "Completion",
     "ConnectionOptions",
+    "DataLoss",
     "DeadlineExceeded",
     "FailedPrecondition",
     "FieldViolation",

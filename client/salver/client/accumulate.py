@@ -11,7 +11,7 @@ class Accumulator:
     """Takes the messages of one stream in order."""
 
     def __init__(self, resumed: Resume | None = None) -> None:
-        self._resumed = resumed
+        self.resumed = resumed
         self._completions: dict[int, Completion] = {}
         self._result = GenerateResult("", "", ())
 
@@ -27,6 +27,21 @@ class Accumulator:
         )
 
     @property
+    def started(self) -> bool:
+        """Whether a message has come, so that there is something to resume from."""
+        return bool(self._result.numerics_id)
+
+    def completion(self, index: int) -> Completion | None:
+        """What has come of one sample."""
+        return self._completions.get(index)
+
+    def num_tokens(self, index: int) -> int:
+        """Tokens of one sample, those included that a `Resume` brought."""
+        came = self._completions.get(index)
+        before = self.resumed.samples.get(index, ()) if self.resumed else ()
+        return len(before) + (len(came.token_ids) if came else 0)
+
+    @property
     def result(self) -> GenerateResult:
         """All that has come; complete once the stream has ended. Offsets are those of the first deltas."""
         return replace(
@@ -36,13 +51,14 @@ class Accumulator:
     def resume(self) -> Resume:
         """What another call needs to go on from here. Raises ValueError before the first message."""
         result = self.result
-        if not result.numerics_id:
+        if not self.started:
             raise ValueError("nothing has come yet: start anew instead of resuming")
-        before = self._resumed.samples if self._resumed else {}
+        before = self.resumed.samples if self.resumed else {}
         samples = {index: tuple(tokens) for index, tokens in before.items()}
         for completion in result.completions:
             samples[completion.index] = (*samples.get(completion.index, ()), *completion.token_ids)
-        return Resume(samples, result.seed, result.numerics_id, result.prompt_token_ids)
+        allow = self.resumed is not None and self.resumed.allow_numerics_mismatch
+        return Resume(samples, result.seed, result.numerics_id, result.prompt_token_ids, allow)
 
 
 def _joined(whole: Completion, part: Completion) -> Completion:

@@ -11,11 +11,13 @@ from typing import Any, Self, Unpack
 import grpc
 import grpc.aio
 
-from salver.client import convert, health
-from salver.client.accumulate import Accumulator
+from salver.client import rpcs
+from salver.client.addresses import Address, to_target
 from salver.client.convert import Conversation, PromptLike
-from salver.client.errors import SalverError, from_rpc_error
-from salver.client.options import DEFAULT_TIMEOUT, GENERATION_TIMEOUT, ConnectionOptions
+from salver.client.errors import Cancelled, SalverError, from_rpc_error
+from salver.client.options import DEFAULT_TIMEOUT, ConnectionOptions
+from salver.client.resumption import Attempts, Resumption
+from salver.client.rpcs import Rpc
 from salver.client.types import (
     ChatOptions,
     GenerateResult,
@@ -27,48 +29,111 @@ from salver.client.types import (
     ServerInfo,
     Token,
 )
-from salver.v1 import (
-    common_pb2,
-    generation_pb2,
-    generation_pb2_grpc,
-    model_pb2,
-    model_pb2_grpc,
-    tokenization_pb2,
-    tokenization_pb2_grpc,
-)
+
+
+class _Slots:
+    """At most `limit` calls at once; None is no bound."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._free = asyncio.Semaphore(limit) if limit else None
+
+    async def take(self, attempts: Attempts) -> Callable[[], None]:
+        """Waits for a slot; what gives it back, however often it is called. Raises DeadlineExceeded."""
+        free = self._free
+        if free is None or self.limit is None:
+            return lambda: None
+        try:
+            async with asyncio.timeout(attempts.left()):
+                await free.acquire()
+        except TimeoutError:
+            raise attempts.no_slot(self.limit) from None
+        held = [free]
+
+        def give_back() -> None:
+            if held:
+                held.pop().release()
+
+        return give_back
 
 
 class AsyncStream(AsyncIterator[GenerateResult]):
-    """The messages of an answer, as they come. Leaving it early (`close`, `async with`) cancels the call."""
+    """The messages of an answer, as they come. Leaving it early (`close`, `async with`) cancels the call.
 
-    def __init__(self, call: Any, resumed: Resume | None) -> None:
-        self._call = call
-        self._replies = call.__aiter__()
-        self._accumulator = Accumulator(resumed)
+    When its server is lost, it goes on at another one from the tokens so far.
+    """
+
+    def __init__(self, start: Callable[[Any, float], Any], attempts: Resumption, slots: _Slots) -> None:
+        self._start = start
+        self._attempts = attempts
+        self._slots = slots
+        self._closed = False
+        self._give_back: Callable[[], None] | None = None
+        self._call: Any = None
+        self._replies: Any = None
+        if slots.limit is None:
+            self._begin()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> GenerateResult:
         try:
-            delta = convert.from_generation(await anext(self._replies))
+            while True:
+                delta = await self._next()
+                if delta is not None:
+                    return delta
+        except BaseException:
+            self._end()
+            raise
+
+    async def _next(self) -> GenerateResult | None:
+        """The next message; None when there is none to show. Raises SalverError."""
+        try:
+            if self._call is None:
+                if self._give_back is None:
+                    self._give_back = await self._slots.take(self._attempts)
+                self._begin()
+            return self._attempts.take(await anext(self._replies))
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-        self._accumulator.add(delta)
-        return delta
+            if self._closed:
+                raise from_rpc_error(error) from None
+            pause = self._attempts.pause(error)
+        self._call = None
+        await asyncio.sleep(pause)
+        return None
+
+    def _begin(self) -> None:
+        """Calls, or calls again."""
+        if self._closed:
+            raise Cancelled(grpc.StatusCode.CANCELLED, "the stream was closed")
+        self._call = self._start(self._attempts.request(), self._attempts.left())
+        self._replies = self._call.__aiter__()
+
+    def _end(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+        if self._give_back is not None:
+            self._give_back()
 
     @property
     def result(self) -> GenerateResult:
         """The answer so far, the deltas joined; whole once the stream has ended."""
-        return self._accumulator.result
+        return self._attempts.result
+
+    @property
+    def resumptions(self) -> int:
+        """How often the answer was begun again or gone on with, because its server was lost."""
+        return self._attempts.resumptions
 
     def resume(self) -> Resume:
         """What to give as `resume=` to another call that shall go on from here."""
-        return self._accumulator.resume()
+        return self._attempts.resume()
 
     def close(self) -> None:
         """Cancels the call unless it has ended; the server frees everything at once."""
-        self._call.cancel()
+        self._closed = True
+        self._end()
 
     async def __aenter__(self) -> Self:
         return self
@@ -78,24 +143,32 @@ class AsyncStream(AsyncIterator[GenerateResult]):
 
 
 class AsyncClient:
-    """Calls a server at `address` (host:port, or any gRPC target, `dns:///name:port` for several).
+    """Calls the server at `address`, or the servers at several.
 
-    Make it inside a running loop. Every method raises a `SalverError` when the call fails.
-    `timeout` is in seconds: 300 by default for what generates or scores, 60 for the rest.
+    `address` is host:port, a sequence of them (or one string with commas), or any gRPC target, as
+    `dns:///name:port` for all that a name stands for. Calls go to each in turn.
+    Make it inside a running loop; the names of several servers are looked up then, which blocks.
+
+    Every method raises a `SalverError` when the call fails. `timeout` is in seconds, over all
+    attempts: 300 by default for what generates or scores, 60 for the rest.
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051", options: ConnectionOptions | None = None) -> None:
+    def __init__(
+        self, address: Address = "127.0.0.1:50051", options: ConnectionOptions | None = None
+    ) -> None:
+        """Raises AddressError (a ValueError) for what is no address or cannot be looked up."""
         self._options = options or ConnectionOptions()
-        arguments = self._options.arguments()
+        self._target = to_target(address)
+        uri, arguments = self._target.uri, self._options.arguments(self._target.several)
         if self._options.credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, arguments, self._options.compression)
+            self._channel = grpc.aio.insecure_channel(uri, arguments, self._options.compression)
         else:
             self._channel = grpc.aio.secure_channel(
-                address, self._options.credentials, arguments, self._options.compression
+                uri, self._options.credentials, arguments, self._options.compression
             )
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._tokenization = tokenization_pb2_grpc.TokenizationServiceStub(self._channel)
-        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._stubs = rpcs.Stubs(self._channel)
+        self._slots = _Slots(self._options.max_concurrent_calls)
+        self._unbounded = _Slots(None)
 
     async def close(self) -> None:
         """Closes the connection; calls under way are cancelled."""
@@ -111,52 +184,35 @@ class AsyncClient:
 
     async def generate(self, prompt: PromptLike, **options: Unpack[GenerationOptions]) -> GenerateResult:
         """Completes a prompt (text, or token ids)."""
-        request = convert.to_generation(
-            generation_pb2.GenerateRequest, options, prompt=convert.to_prompt(prompt)
-        )
-        reply = await self._call(
-            self._generation.Generate, request, options.get("timeout"), GENERATION_TIMEOUT
-        )
-        return convert.from_generation(reply)
+        result: GenerateResult = await self._call(rpcs.generate(prompt, options))
+        return result
 
     def stream_generate(self, prompt: PromptLike, **options: Unpack[GenerationOptions]) -> AsyncStream:
         """Completes a prompt; messages come as tokens do."""
-        request = convert.to_generation(
-            generation_pb2.StreamGenerateRequest, options, prompt=convert.to_prompt(prompt)
-        )
-        return self._stream(self._generation.StreamGenerate, request, options)
+        return self._stream(rpcs.generate(prompt, options, stream=True))
 
     async def chat(self, messages: Conversation, **options: Unpack[ChatOptions]) -> GenerateResult:
         """Answers a conversation; a mere string is what the user says."""
-        request = convert.to_generation(
-            generation_pb2.ChatRequest, options, messages=convert.to_messages(messages)
-        )
-        reply = await self._call(self._generation.Chat, request, options.get("timeout"), GENERATION_TIMEOUT)
-        return convert.from_generation(reply)
+        result: GenerateResult = await self._call(rpcs.chat(messages, options))
+        return result
 
     def stream_chat(self, messages: Conversation, **options: Unpack[ChatOptions]) -> AsyncStream:
         """Answers a conversation; messages come as tokens do."""
-        request = convert.to_generation(
-            generation_pb2.StreamChatRequest, options, messages=convert.to_messages(messages)
-        )
-        return self._stream(self._generation.StreamChat, request, options)
+        return self._stream(rpcs.chat(messages, options, stream=True))
 
     async def score(
         self, inputs: Iterable[tuple[PromptLike, PromptLike]], **options: Unpack[ScoreOptions]
     ) -> list[ScoreResult]:
         """The log-likelihood of each (context, continuation), in order."""
-        request = convert.to_score(inputs, options)
-        reply = await self._call(self._generation.Score, request, options.get("timeout"), GENERATION_TIMEOUT)
-        return convert.from_score(reply)
+        results: list[ScoreResult] = await self._call(rpcs.score(inputs, options))
+        return results
 
     async def tokenize(
         self, text: str, *, add_special_tokens: bool | None = None, timeout: float | None = None
     ) -> list[Token]:
         """The tokens of a text with their places."""
-        request = tokenization_pb2.TokenizeRequest(text=text)
-        if add_special_tokens is not None:
-            request.add_special_tokens = add_special_tokens
-        return convert.from_tokens(await self._call(self._tokenization.Tokenize, request, timeout))
+        tokens: list[Token] = await self._call(rpcs.tokenize(text, add_special_tokens, timeout))
+        return tokens
 
     async def detokenize(
         self,
@@ -166,10 +222,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> str:
         """The text of token ids."""
-        request = tokenization_pb2.DetokenizeRequest(token_ids=common_pb2.TokenIds(ids=token_ids))
-        if skip_special_tokens is not None:
-            request.skip_special_tokens = skip_special_tokens
-        text: str = (await self._call(self._tokenization.Detokenize, request, timeout)).text
+        text: str = await self._call(rpcs.detokenize(token_ids, skip_special_tokens, timeout))
         return text
 
     async def list_models(self, *, timeout: float | None = None) -> list[Model]:
@@ -177,26 +230,25 @@ class AsyncClient:
         models: list[Model] = []
         token = ""
         while True:
-            request = model_pb2.ListModelsRequest(page_token=token)
-            reply = await self._call(self._models.ListModels, request, timeout)
-            models += map(convert.from_model, reply.models)
-            token = reply.next_page_token
+            page, token = await self._call(rpcs.list_models(token, timeout))
+            models += page
             if not token:
                 return models
 
     async def get_model(self, model: str = "", *, timeout: float | None = None) -> Model:
         """One model; the served one when not named."""
-        request = model_pb2.GetModelRequest(model=model)
-        return convert.from_model((await self._call(self._models.GetModel, request, timeout)).model)
+        found: Model = await self._call(rpcs.get_model(model, timeout))
+        return found
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Version, limits, device, start-up phases."""
-        request = model_pb2.GetServerInfoRequest()
-        return convert.from_server_info(await self._call(self._models.GetServerInfo, request, timeout))
+        info: ServerInfo = await self._call(rpcs.server_info(timeout))
+        return info
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """SERVING or NOT_SERVING, of the server or one service. An unknown service is NotFound."""
-        return health.status(await self._call(health.check(self._channel), health.request(service), timeout))
+        status: str = await self._call(rpcs.check_health(service, timeout), self._unbounded)
+        return status
 
     async def wait_until_serving(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Returns once the server is SERVING. Raises the last SalverError, or TimeoutError, else."""
@@ -211,19 +263,28 @@ class AsyncClient:
             await asyncio.sleep(min(0.1, max(0.0, end - time.monotonic())))
         raise failure
 
-    async def _call(
-        self,
-        method: Callable[..., Any],
-        request: Any,
-        timeout: float | None,
-        default: float = DEFAULT_TIMEOUT,
-    ) -> Any:
+    async def _call(self, rpc: Rpc, slots: _Slots | None = None) -> Any:
+        attempts = Attempts(rpc, self._options, self._target.several)
+        method = rpc.method(self._stubs)
+        give_back = await (slots or self._slots).take(attempts)
         try:
-            return await method(request, timeout=timeout or default, metadata=self._options.metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            while True:
+                try:
+                    reply = await method(
+                        attempts.request(), timeout=attempts.left(), metadata=self._options.metadata
+                    )
+                except grpc.RpcError as error:
+                    pause = attempts.pause(error)
+                else:
+                    return rpc.decode(reply)
+                await asyncio.sleep(pause)
+        finally:
+            give_back()
 
-    def _stream(self, method: Callable[..., Any], request: Any, options: GenerationOptions) -> AsyncStream:
-        timeout = options.get("timeout") or GENERATION_TIMEOUT
-        call = method(request, timeout=timeout, metadata=self._options.metadata)
-        return AsyncStream(call, options.get("resume"))
+    def _stream(self, rpc: Rpc) -> AsyncStream:
+        method = rpc.method(self._stubs)
+
+        def start(request: Any, timeout: float) -> Any:
+            return method(request, timeout=timeout, metadata=self._options.metadata)
+
+        return AsyncStream(start, Resumption(rpc, self._options, self._target.several), self._slots)

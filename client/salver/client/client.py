@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -9,11 +10,13 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from salver.client import convert, health
-from salver.client.accumulate import Accumulator
+from salver.client import rpcs
+from salver.client.addresses import Address, to_target
 from salver.client.convert import Conversation, PromptLike
-from salver.client.errors import SalverError, from_rpc_error
-from salver.client.options import DEFAULT_TIMEOUT, GENERATION_TIMEOUT, ConnectionOptions
+from salver.client.errors import Cancelled, SalverError, from_rpc_error
+from salver.client.options import DEFAULT_TIMEOUT, ConnectionOptions
+from salver.client.resumption import Attempts, Resumption
+from salver.client.rpcs import Rpc
 from salver.client.types import (
     ChatOptions,
     GenerateResult,
@@ -25,47 +28,111 @@ from salver.client.types import (
     ServerInfo,
     Token,
 )
-from salver.v1 import (
-    common_pb2,
-    generation_pb2,
-    generation_pb2_grpc,
-    model_pb2,
-    model_pb2_grpc,
-    tokenization_pb2,
-    tokenization_pb2_grpc,
-)
+
+
+class _Slots:
+    """At most `limit` calls at once; None is no bound."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._free = threading.Semaphore(limit) if limit else None
+
+    def take(self, attempts: Attempts) -> Callable[[], None]:
+        """Waits for a slot; what gives it back, however often it is called. Raises DeadlineExceeded."""
+        free = self._free
+        if free is None or self.limit is None:
+            return lambda: None
+        if not free.acquire(timeout=attempts.left()):
+            raise attempts.no_slot(self.limit)
+        held = [free]
+
+        def give_back() -> None:
+            try:
+                held.pop().release()
+            except IndexError:
+                pass
+
+        return give_back
 
 
 class Stream(Iterator[GenerateResult]):
-    """The messages of an answer, as they come. Leaving it early (`close`, `with`) cancels the call."""
+    """The messages of an answer, as they come. Leaving it early (`close`, `with`) cancels the call.
 
-    def __init__(self, call: Any, resumed: Resume | None) -> None:
-        self._call = call
-        self._accumulator = Accumulator(resumed)
+    When its server is lost, it goes on at another one from the tokens so far.
+    """
+
+    def __init__(self, start: Callable[[Any, float], Any], attempts: Resumption, slots: _Slots) -> None:
+        self._start = start
+        self._attempts = attempts
+        self._slots = slots
+        self._closed = threading.Event()
+        self._give_back: Callable[[], None] | None = None
+        self._call: Any = None
+        if slots.limit is None:
+            self._begin()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> GenerateResult:
         try:
-            delta = convert.from_generation(next(self._call))
+            while True:
+                delta = self._next()
+                if delta is not None:
+                    return delta
+        except BaseException:
+            self._end()
+            raise
+
+    def _next(self) -> GenerateResult | None:
+        """The next message; None when there is none to show. Raises SalverError."""
+        try:
+            if self._call is None:
+                self._begin()
+            return self._attempts.take(next(self._call))
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-        self._accumulator.add(delta)
-        return delta
+            if self._closed.is_set():
+                raise from_rpc_error(error) from None
+            pause = self._attempts.pause(error)
+        self._call = None
+        self._closed.wait(pause)
+        return None
+
+    def _begin(self) -> None:
+        """Calls, or calls again."""
+        if self._give_back is None:
+            self._give_back = self._slots.take(self._attempts)
+        if self._closed.is_set():
+            raise Cancelled(grpc.StatusCode.CANCELLED, "the stream was closed")
+        self._call = self._start(self._attempts.request(), self._attempts.left())
+        if self._closed.is_set():  # meanwhile, by another thread
+            self._call.cancel()
+
+    def _end(self) -> None:
+        call, give_back = self._call, self._give_back
+        if call is not None:
+            call.cancel()
+        if give_back is not None:
+            give_back()
 
     @property
     def result(self) -> GenerateResult:
         """The answer so far, the deltas joined; whole once the stream has ended."""
-        return self._accumulator.result
+        return self._attempts.result
+
+    @property
+    def resumptions(self) -> int:
+        """How often the answer was begun again or gone on with, because its server was lost."""
+        return self._attempts.resumptions
 
     def resume(self) -> Resume:
         """What to give as `resume=` to another call that shall go on from here."""
-        return self._accumulator.resume()
+        return self._attempts.resume()
 
     def close(self) -> None:
         """Cancels the call unless it has ended; the server frees everything at once."""
-        self._call.cancel()
+        self._closed.set()
+        self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -74,28 +141,36 @@ class Stream(Iterator[GenerateResult]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_call"):  # it was made to its end
+            self.close()
 
 
 class Client:
-    """Calls a server at `address` (host:port, or any gRPC target, `dns:///name:port` for several).
+    """Calls the server at `address`, or the servers at several.
 
-    Every method raises a `SalverError` when the call fails. `timeout` is in seconds:
-    300 by default for what generates or scores, 60 for the rest.
+    `address` is host:port, a sequence of them (or one string with commas), or any gRPC target, as
+    `dns:///name:port` for all that a name stands for. Calls go to each in turn.
+
+    Every method raises a `SalverError` when the call fails. `timeout` is in seconds, over all
+    attempts: 300 by default for what generates or scores, 60 for the rest.
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051", options: ConnectionOptions | None = None) -> None:
+    def __init__(
+        self, address: Address = "127.0.0.1:50051", options: ConnectionOptions | None = None
+    ) -> None:
+        """Raises AddressError (a ValueError) for what is no address or cannot be looked up."""
         self._options = options or ConnectionOptions()
-        arguments = self._options.arguments()
+        self._target = to_target(address)
+        uri, arguments = self._target.uri, self._options.arguments(self._target.several)
         if self._options.credentials is None:
-            self._channel = grpc.insecure_channel(address, arguments, self._options.compression)
+            self._channel = grpc.insecure_channel(uri, arguments, self._options.compression)
         else:
             self._channel = grpc.secure_channel(
-                address, self._options.credentials, arguments, self._options.compression
+                uri, self._options.credentials, arguments, self._options.compression
             )
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._tokenization = tokenization_pb2_grpc.TokenizationServiceStub(self._channel)
-        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._stubs = rpcs.Stubs(self._channel)
+        self._slots = _Slots(self._options.max_concurrent_calls)
+        self._unbounded = _Slots(None)
 
     def close(self) -> None:
         """Closes the connection; calls under way are cancelled."""
@@ -111,50 +186,35 @@ class Client:
 
     def generate(self, prompt: PromptLike, **options: Unpack[GenerationOptions]) -> GenerateResult:
         """Completes a prompt (text, or token ids)."""
-        request = convert.to_generation(
-            generation_pb2.GenerateRequest, options, prompt=convert.to_prompt(prompt)
-        )
-        reply = self._call(self._generation.Generate, request, options.get("timeout"), GENERATION_TIMEOUT)
-        return convert.from_generation(reply)
+        result: GenerateResult = self._call(rpcs.generate(prompt, options))
+        return result
 
     def stream_generate(self, prompt: PromptLike, **options: Unpack[GenerationOptions]) -> Stream:
         """Completes a prompt; messages come as tokens do."""
-        request = convert.to_generation(
-            generation_pb2.StreamGenerateRequest, options, prompt=convert.to_prompt(prompt)
-        )
-        return self._stream(self._generation.StreamGenerate, request, options)
+        return self._stream(rpcs.generate(prompt, options, stream=True))
 
     def chat(self, messages: Conversation, **options: Unpack[ChatOptions]) -> GenerateResult:
         """Answers a conversation; a mere string is what the user says."""
-        request = convert.to_generation(
-            generation_pb2.ChatRequest, options, messages=convert.to_messages(messages)
-        )
-        reply = self._call(self._generation.Chat, request, options.get("timeout"), GENERATION_TIMEOUT)
-        return convert.from_generation(reply)
+        result: GenerateResult = self._call(rpcs.chat(messages, options))
+        return result
 
     def stream_chat(self, messages: Conversation, **options: Unpack[ChatOptions]) -> Stream:
         """Answers a conversation; messages come as tokens do."""
-        request = convert.to_generation(
-            generation_pb2.StreamChatRequest, options, messages=convert.to_messages(messages)
-        )
-        return self._stream(self._generation.StreamChat, request, options)
+        return self._stream(rpcs.chat(messages, options, stream=True))
 
     def score(
         self, inputs: Iterable[tuple[PromptLike, PromptLike]], **options: Unpack[ScoreOptions]
     ) -> list[ScoreResult]:
         """The log-likelihood of each (context, continuation), in order."""
-        request = convert.to_score(inputs, options)
-        reply = self._call(self._generation.Score, request, options.get("timeout"), GENERATION_TIMEOUT)
-        return convert.from_score(reply)
+        results: list[ScoreResult] = self._call(rpcs.score(inputs, options))
+        return results
 
     def tokenize(
         self, text: str, *, add_special_tokens: bool | None = None, timeout: float | None = None
     ) -> list[Token]:
         """The tokens of a text with their places."""
-        request = tokenization_pb2.TokenizeRequest(text=text)
-        if add_special_tokens is not None:
-            request.add_special_tokens = add_special_tokens
-        return convert.from_tokens(self._call(self._tokenization.Tokenize, request, timeout))
+        tokens: list[Token] = self._call(rpcs.tokenize(text, add_special_tokens, timeout))
+        return tokens
 
     def detokenize(
         self,
@@ -164,10 +224,7 @@ class Client:
         timeout: float | None = None,
     ) -> str:
         """The text of token ids."""
-        request = tokenization_pb2.DetokenizeRequest(token_ids=common_pb2.TokenIds(ids=token_ids))
-        if skip_special_tokens is not None:
-            request.skip_special_tokens = skip_special_tokens
-        text: str = self._call(self._tokenization.Detokenize, request, timeout).text
+        text: str = self._call(rpcs.detokenize(token_ids, skip_special_tokens, timeout))
         return text
 
     def list_models(self, *, timeout: float | None = None) -> list[Model]:
@@ -175,26 +232,25 @@ class Client:
         models: list[Model] = []
         token = ""
         while True:
-            request = model_pb2.ListModelsRequest(page_token=token)
-            reply = self._call(self._models.ListModels, request, timeout)
-            models += map(convert.from_model, reply.models)
-            token = reply.next_page_token
+            page, token = self._call(rpcs.list_models(token, timeout))
+            models += page
             if not token:
                 return models
 
     def get_model(self, model: str = "", *, timeout: float | None = None) -> Model:
         """One model; the served one when not named."""
-        request = model_pb2.GetModelRequest(model=model)
-        return convert.from_model(self._call(self._models.GetModel, request, timeout).model)
+        found: Model = self._call(rpcs.get_model(model, timeout))
+        return found
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Version, limits, device, start-up phases."""
-        request = model_pb2.GetServerInfoRequest()
-        return convert.from_server_info(self._call(self._models.GetServerInfo, request, timeout))
+        info: ServerInfo = self._call(rpcs.server_info(timeout))
+        return info
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """SERVING or NOT_SERVING, of the server or one service. An unknown service is NotFound."""
-        return health.status(self._call(health.check(self._channel), health.request(service), timeout))
+        status: str = self._call(rpcs.check_health(service, timeout), self._unbounded)
+        return status
 
     def wait_until_serving(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Returns once the server is SERVING. Raises the last SalverError, or TimeoutError, else."""
@@ -209,19 +265,28 @@ class Client:
             time.sleep(min(0.1, max(0.0, end - time.monotonic())))
         raise failure
 
-    def _call(
-        self,
-        method: Callable[..., Any],
-        request: Any,
-        timeout: float | None,
-        default: float = DEFAULT_TIMEOUT,
-    ) -> Any:
+    def _call(self, rpc: Rpc, slots: _Slots | None = None) -> Any:
+        attempts = Attempts(rpc, self._options, self._target.several)
+        method = rpc.method(self._stubs)
+        give_back = (slots or self._slots).take(attempts)
         try:
-            return method(request, timeout=timeout or default, metadata=self._options.metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            while True:
+                try:
+                    reply = method(
+                        attempts.request(), timeout=attempts.left(), metadata=self._options.metadata
+                    )
+                except grpc.RpcError as error:
+                    pause = attempts.pause(error)
+                else:
+                    return rpc.decode(reply)
+                time.sleep(pause)
+        finally:
+            give_back()
 
-    def _stream(self, method: Callable[..., Any], request: Any, options: GenerationOptions) -> Stream:
-        timeout = options.get("timeout") or GENERATION_TIMEOUT
-        call = method(request, timeout=timeout, metadata=self._options.metadata)
-        return Stream(call, options.get("resume"))
+    def _stream(self, rpc: Rpc) -> Stream:
+        method = rpc.method(self._stubs)
+
+        def start(request: Any, timeout: float) -> Any:
+            return method(request, timeout=timeout, metadata=self._options.metadata)
+
+        return Stream(start, Resumption(rpc, self._options, self._target.several), self._slots)

@@ -9,6 +9,11 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 _DETAILS = "grpc-status-details-bin"
+_PUSHBACK = "grpc-retry-pushback-ms"
+# A stream that a proxy or a dying server has reset comes with a code that gRPC makes up, and with no
+# status of the server. It is a lost connection like others. (A reset with "cancel" is not among them.)
+_RESETS = ("RST_STREAM with error code 0", "RST_STREAM with error code 2", "Stream removed")
+_RESET_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,7 @@ class SalverError(Exception):
         violations: every bad field, for INVALID_ARGUMENT.
         retry_after: seconds after which to try again, where the server says so.
         reason: a constant like TASK_NOT_SUPPORTED, where there is one.
+        may_retry: False where the server asks not to try again.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class SalverError(Exception):
         violations: tuple[FieldViolation, ...] = (),
         retry_after: float | None = None,
         reason: str = "",
+        may_retry: bool = True,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -45,6 +52,7 @@ class SalverError(Exception):
         self.violations = violations
         self.retry_after = retry_after
         self.reason = reason
+        self.may_retry = may_retry
 
     def __str__(self) -> str:
         lines = [f"{self.code.name}: {self.message}"]
@@ -94,6 +102,10 @@ class PermissionDenied(SalverError):
     """Not allowed."""
 
 
+class DataLoss(SalverError):
+    """A resumed stream does not go on where it was cut; what came before is whole."""
+
+
 class Internal(SalverError):
     """A bug in the server; its log has the trace under the request id."""
 
@@ -109,6 +121,7 @@ _KINDS: dict[grpc.StatusCode, type[SalverError]] = {
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
+    grpc.StatusCode.DATA_LOSS: DataLoss,
     grpc.StatusCode.INTERNAL: Internal,
 }
 
@@ -118,7 +131,13 @@ def from_rpc_error(error: Any) -> SalverError:
     violations: list[FieldViolation] = []
     retry_after: float | None = None
     reason = ""
-    for detail in _details(error.trailing_metadata() or ()):
+    may_retry = True
+    trailers = error.trailing_metadata() or ()
+    for key, value in trailers:
+        if key == _PUSHBACK:  # as gRPC reads it: what is no number, or negative, is "do not"
+            may_retry = value.isdecimal()
+            retry_after = int(value) / 1000 if may_retry else None
+    for detail in _details(trailers):
         if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             bad = error_details_pb2.BadRequest.FromString(detail.value)
             violations += [FieldViolation(v.field, v.description) for v in bad.field_violations]
@@ -128,8 +147,16 @@ def from_rpc_error(error: Any) -> SalverError:
         elif detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
     code = error.code()
+    message = error.details() or ""
+    if code in _RESET_CODES and any(text in message for text in _RESETS):
+        code = grpc.StatusCode.UNAVAILABLE
     return _KINDS.get(code, SalverError)(
-        code, error.details() or "", violations=tuple(violations), retry_after=retry_after, reason=reason
+        code,
+        message,
+        violations=tuple(violations),
+        retry_after=retry_after,
+        reason=reason,
+        may_retry=may_retry,
     )
 
 

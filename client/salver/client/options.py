@@ -22,7 +22,16 @@ class ConnectionOptions:
         max_message_bytes: of one message, in either direction; the server has a limit of its own.
         keepalive: seconds between pings on a quiet connection with calls under way.
         max_attempts: a call that ends UNAVAILABLE before its first message is tried so often in
-            all, with growing pauses or the server's push-back; 1 is no retry.
+            all, with growing pauses or the server's push-back; 1 is no retry. By gRPC itself, for
+            every call, within a budget: when many fail, it stops.
+        resume_attempts: a call that generates or scores and ends UNAVAILABLE all the same is begun
+            so often again, on whichever server answers; a stream from its tokens so far. 0 is never.
+        allow_numerics_mismatch: a stream may go on at a server of another numerics_id, whose tokens
+            may not be those that the lost one would have given.
+        max_concurrent_calls: further calls wait here, on their own deadline, until one has ended;
+            a stream then begins when it is first read. None is no bound.
+        health_checking: calls go only to servers whose health says SERVING, so that one that loads
+            or drains gets none. None: where the address may stand for several servers.
         compression: of requests.
         channel_arguments: further gRPC channel arguments.
     """
@@ -32,12 +41,30 @@ class ConnectionOptions:
     max_message_bytes: int = 16 << 20
     keepalive: float = 30.0
     max_attempts: int = 4
+    resume_attempts: int = 6
+    allow_numerics_mismatch: bool = False
+    max_concurrent_calls: int | None = None
+    health_checking: bool | None = None
     compression: grpc.Compression | None = None
     channel_arguments: tuple[tuple[str, Any], ...] = ()
 
-    def arguments(self) -> list[tuple[str, Any]]:
-        """As gRPC channel arguments, the retry policy in the service config."""
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts is {self.max_attempts}; 1 is the least, no retry")
+        if self.resume_attempts < 0:
+            raise ValueError(f"resume_attempts is {self.resume_attempts}; 0 is the least, never")
+        if self.max_concurrent_calls is not None and self.max_concurrent_calls < 1:
+            raise ValueError(f"max_concurrent_calls is {self.max_concurrent_calls}; None is no bound")
+
+    def arguments(self, several: bool = False) -> list[tuple[str, Any]]:
+        """As gRPC channel arguments, the retry policy in the service config.
+
+        `several`: whether more than one server may be behind the address.
+        """
         config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+        if several if self.health_checking is None else self.health_checking:
+            config["healthCheckConfig"] = {"serviceName": "readiness"}
         if self.max_attempts > 1:
             config["methodConfig"] = [
                 {
@@ -60,5 +87,10 @@ class ConnectionOptions:
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.keepalive_time_ms", int(self.keepalive * 1000)),
             ("grpc.keepalive_timeout_ms", 10_000),
+            # A server that was restarted is found again within seconds; gRPC's own 2 minutes are for the
+            # internet. So is what a name stands for.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+            ("grpc.dns_min_time_between_resolutions_ms", 5_000),
             *self.channel_arguments,
         ]

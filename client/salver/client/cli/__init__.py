@@ -11,6 +11,7 @@ import os
 import sys
 from importlib.metadata import entry_points
 
+from salver.client.addresses import AddressError
 from salver.client.cli.arguments import build_parser
 from salver.client.errors import SalverError
 
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         if error.retry_after is not None:
             print(f"  try again in {error.retry_after:g} s", file=sys.stderr)
         return 1
+    except AddressError as error:
+        print(f"salver: --address: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

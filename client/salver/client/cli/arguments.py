@@ -72,7 +72,8 @@ def _command(subparsers: Any, name: str, run: Any, text: str) -> argparse.Argume
     parser.add_argument(
         "--address",
         default=os.environ.get("SALVER_ADDRESS", "127.0.0.1:50051"),
-        help="of the server (SALVER_ADDRESS; default 127.0.0.1:50051)",
+        help="of the server, or of several with commas between them, or a gRPC target like dns:///name:port "
+        "(SALVER_ADDRESS; default 127.0.0.1:50051)",
     )
     parser.add_argument("--timeout", type=float, help="seconds")
     parser.add_argument("--json", action="store_true", help="print JSON, for other programs")
