@@ -22,7 +22,7 @@ from support.serving import Server, wait_until
 from salver.client import AsyncClient, Client, GenerateResult
 
 START = Callable[..., Server]
-NUM_TOKENS = 600
+NUM_TOKENS = 400
 TIMEOUT = 240.0
 
 
@@ -36,14 +36,13 @@ class Outcome:
 
 
 class Load:
-    """Streams of every kind, half of them of each client, begun together; counts their messages."""
+    """Streams of every kind, half of them of each client, over and over until `enough` is set."""
 
     def __init__(self, addresses: Sequence[str], streams: int, seed: int) -> None:
         draw = random.Random(seed)
         self.addresses = list(addresses)
         self.requests = [self._request(draw, index) for index in range(streams)]
-        self._lock = threading.Lock()
-        self._begun: set[int] = set()
+        self.enough = threading.Event()
 
     @staticmethod
     def _request(draw: random.Random, index: int) -> tuple[str, dict[str, Any]]:
@@ -52,58 +51,56 @@ class Load:
             "ignore_eos": True,
             "timeout": TIMEOUT,
             "temperature": 0.0,
+            "seed": draw.randrange(1, 1 << 31),
         }
-        if index % 2:
-            options |= {"temperature": 1.0, "top_p": 0.95, "seed": draw.randrange(1, 1 << 31)}
+        if index % 4 > 1:
+            options |= {"temperature": 1.0, "top_p": 0.95}
         if index % 5 == 3:
             options |= {"n": 2, "logprobs": 2, "prompt_logprobs": 1}
         return f"stream {draw.randrange(1000)}:", options
-
-    @property
-    def begun(self) -> int:
-        """Streams of which something has come."""
-        return len(self._begun)
 
     def undisturbed(self) -> list[GenerateResult]:
         with Client(self.addresses) as client, ThreadPoolExecutor(16) as pool:
             return list(pool.map(lambda r: client.generate(r[0], **r[1]), self.requests))
 
-    def run(self) -> list[tuple[GenerateResult, int]]:
-        """(answer, resumptions) of every stream; raises what one of them raised."""
-        found: dict[int, tuple[GenerateResult, int]] = {}
+    def run(self) -> list[tuple[int, GenerateResult, int]]:
+        """(request, answer, resumptions) of every stream; raises what one of them raised."""
+        found: list[tuple[int, GenerateResult, int]] = []
         even = range(0, len(self.requests), 2)
         odd = range(1, len(self.requests), 2)
         with Client(self.addresses) as client, ThreadPoolExecutor(len(even) + 1) as pool:
 
             def read(index: int) -> None:
                 prompt, options = self.requests[index]
-                with client.stream_generate(prompt, **options) as stream:
-                    for _ in stream:
-                        self._seen(index)
-                    found[index] = stream.result, stream.resumptions
+                while True:
+                    with client.stream_generate(prompt, **options) as stream:
+                        for _ in stream:
+                            pass
+                        found.append((index, stream.result, stream.resumptions))
+                    if self.enough.is_set():
+                        return
 
             asynchronous = pool.submit(lambda: asyncio.run(self._asynchronous(odd, found)))
             for future in [*[pool.submit(read, index) for index in even], asynchronous]:
                 future.result()
-        return [found[index] for index in range(len(self.requests))]
+        return found
 
-    async def _asynchronous(self, indices: range, found: dict[int, tuple[GenerateResult, int]]) -> None:
+    async def _asynchronous(self, indices: range, found: list[tuple[int, GenerateResult, int]]) -> None:
         async with AsyncClient(self.addresses) as client:
 
             async def read(index: int) -> None:
                 prompt, options = self.requests[index]
-                async with client.stream_generate(prompt, **options) as stream:
-                    async for _ in stream:
-                        self._seen(index)
-                    found[index] = stream.result, stream.resumptions
+                while True:
+                    async with client.stream_generate(prompt, **options) as stream:
+                        async for _ in stream:
+                            pass
+                        found.append((index, stream.result, stream.resumptions))
+                    if self.enough.is_set():
+                        return
 
             async with asyncio.TaskGroup() as group:
                 for index in indices:
                     group.create_task(read(index))
-
-    def _seen(self, index: int) -> None:
-        with self._lock:
-            self._begun.add(index)
 
 
 def plain(result: GenerateResult) -> GenerateResult:
@@ -117,21 +114,28 @@ def disturbed(load: Load, disturb: Callable[[Load], None]) -> Outcome:
     expected = load.undisturbed()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(load.run)
-        disturb(load)
+        try:
+            disturb(load)
+        finally:
+            load.enough.set()
         came = running.result(TIMEOUT)
     wrong = [
-        f"stream {index} of {load.requests[index]}: {plain(result)} is not {plain(whole)}"
-        for index, ((result, _), whole) in enumerate(zip(came, expected, strict=True))
-        if plain(result) != plain(whole)
+        f"{load.requests[index]}: {plain(result)} is not {plain(expected[index])}"
+        for index, result, _ in came
+        if plain(result) != plain(expected[index])
     ]
-    return Outcome(len(came), sum(resumptions for _, resumptions in came), wrong)
+    return Outcome(len(came), sum(resumptions for _, _, resumptions in came), wrong)
+
+
+def wait_until_busy(server: Server, requests: int) -> None:
+    wait_until("a busy server", lambda: server.occupancy()[0] >= requests, 120)
 
 
 def kill_one(servers: list[Server]) -> Callable[[Load], None]:
-    """SIGKILL to one server and its worker, once all streams have begun."""
+    """SIGKILL to one server and its worker, while it runs its share of the streams."""
 
     def disturb(load: Load) -> None:
-        wait_until("all streams begun", lambda: load.begun == len(load.requests), 120)
+        wait_until_busy(servers[0], len(load.requests) // 6)
         servers[0].kill()
 
     return disturb
@@ -141,8 +145,8 @@ def rolling_restart(start: START, servers: list[Server], checkpoint: Path) -> Ca
     """SIGTERM to one after the other, and a new one on its port before the next."""
 
     def disturb(load: Load) -> None:
-        wait_until("all streams begun", lambda: load.begun == len(load.requests), 120)
         for index, server in enumerate(servers):
+            wait_until_busy(server, 1)
             port = server.address.rpartition(":")[2]
             assert server.stop(signal.SIGTERM) == 0, server.log
             servers[index] = start(checkpoint, "--port", port, "--drain-period", "0.3s")
