@@ -1,7 +1,7 @@
 """Salver beside its peers on one machine: `make bench-peers`. See docs/benchmarks.md.
 
-Every run is written to a JSON file as soon as it is made, and a later call goes on from there. The table goes to
-standard output, progress to standard error.
+Every run is written to a JSON file as soon as it is made, and a later call goes on from there. The table
+goes to standard output, progress to standard error.
 """
 
 from __future__ import annotations
@@ -202,6 +202,7 @@ class Comparison:
         peers = make_peers(self.args.peers, self.setting)
         self.records.note_points(self.points, peers)
         up: list[Peer] = []
+        ready: list[Peer] = []
         try:
             # All are installed before any is started: a build would starve a server that runs.
             ready = [peer for peer in peers if self._missing(peer) and self._installed(peer)]
@@ -218,7 +219,7 @@ class Comparison:
                             self._measure(peer, point, repeat, up)
             self.records.add_roofline(measure_roofline(self.args.threads))
         finally:
-            for peer in ready if "ready" in locals() else []:
+            for peer in ready:
                 peer.stop()
 
     def _installed(self, peer: Peer) -> bool:

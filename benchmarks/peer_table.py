@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # What a token of the default model must read and compute, for the roofline; of its configuration:
 # 106.2 million weights in the layers, 28.3 million in the head (which is the embedding, too).
-LAYER_WEIGHTS = 106_201_152
+LAYER_WEIGHTS = 106_168_320
 HEAD_WEIGHTS = 28_311_552
 BYTES = {"bf16": 2, "int8": 1}
 
@@ -129,7 +129,7 @@ def _roofline_lines(records: Records) -> list[str]:
 
 
 def report(records: Records, peers: Mapping[str, type[Peer]]) -> str:
-    """The machine, a table for each point, the systems and their settings, and every failure with its reason."""
+    """The machine, a table for each point, the systems and their settings, and every failure."""
     head, workload = records.machine, records.workload
     lines = [
         f"{head['cpu']}, {head['cores']} cores, load {head['load_average']} before; commit {head['commit']}; "

@@ -63,7 +63,7 @@ class Records:
     def open(cls, path: Path, machine: dict[str, Any], workload: dict[str, Any]) -> Records:
         """The records in `path`, gone on with; new ones if it does not exist.
 
-        Raises BenchError for records of another commit, machine or workload: they are no part of this comparison.
+        Raises BenchError for records of another commit, machine or workload: they compare with nothing here.
         """
         if not path.exists():
             return cls(path, machine, workload)
@@ -107,7 +107,7 @@ class Records:
         temporary.replace(self.path)
 
     def note_points(self, points: Sequence[Point], peers: Sequence[Peer]) -> None:
-        """What is about to be measured; reasons of earlier failures there are forgotten, for it is tried anew."""
+        """What is about to be measured; earlier failures there are forgotten, for it is tried anew."""
         self.points |= {point.name: point.title for point in points}
         for peer in peers:
             for point in ("*", *(point.name for point in points)):

@@ -86,7 +86,7 @@ class LlamaCpp(HttpPeer):
         }
 
     def note(self, event: dict[str, Any], moment: float, trace: Trace) -> None:
-        """Bytes of an unfinished character are held back, and their tokens' ids are lost; not their number."""
+        """Bytes of an unfinished character are held back: their tokens' ids are lost, not their number."""
         new = event["tokens_predicted"] - len(trace.token_ids)
         if new > 0:
             known = event.get("tokens", [])[-new:]

@@ -1,4 +1,4 @@
-"""The pure parts of `make bench-peers`: traces, server-sent events, records, the table. No server, no torch."""
+"""The pure parts of `make bench-peers`: traces, server-sent events, records, the table."""
 
 from __future__ import annotations
 
