@@ -65,8 +65,17 @@ class LlamaCpp(HttpPeer):
     def command(self, port: int) -> list[str | Path]:
         threads = str(self.setting.threads)
         options = ["-t", threads, "-tb", threads, "-np", str(SLOTS)]
-        # One pool of cells for all slots, as large as every request of the benchmark together may need.
-        options += ["-c", str(SLOTS * 512), "--kv-unified", "-b", "2048", "-ub", "512", "-fa", "auto"]
+        # Cells of its own for each slot: one pool for all (--kv-unified) was slower here.
+        options += [
+            "-c",
+            str(SLOTS * min(2048, self.setting.max_model_len)),
+            "-b",
+            "2048",
+            "-ub",
+            "512",
+            "-fa",
+            "auto",
+        ]
         # Prompts never come twice here: no copies of finished ones are kept.
         options += ["--no-cache-prompt", "--cache-ram", "0", "--no-cache-idle-slots", "--no-webui"]
         self.about = About({"llama.cpp in llama-cpp-python": VERSION}, " ".join(options))
