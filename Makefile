@@ -6,7 +6,7 @@
 #   TORCH         the torch to install first; machines with a GPU may want another build
 #   HOST PORT METRICS_PORT MODEL QUESTION SERVE_ARGS   of `make run`
 #   PYTEST_ARGS   of `make test`
-#   BENCH_ARGS    of `make bench`
+#   BENCH_ARGS    of `make bench` and `make bench-peers`
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -31,11 +31,11 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench protos tools clean
+.PHONY: help run test check bench bench-peers protos tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 14
 
 run: $(VENV)/.server ## install, fetch the default model, serve it, ask it a question, go on until Ctrl-C
 	@$(BIN)/python deploy/run_local.py --host "$(HOST)" --port "$(PORT)" --metrics-port "$(METRICS_PORT)" \
@@ -58,6 +58,9 @@ endif
 
 bench: $(VENV)/.dev ## measure the served default model, and transformers beside it
 	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-peers: $(VENV)/.dev ## install other servers into .peers and measure Salver beside them
+	$(BIN)/python benchmarks/compare.py $(BENCH_ARGS)
 
 protos: $(VENV)/.dev ## generate the stubs anew (an install does it too)
 	touch protos/generate.py

@@ -1,6 +1,6 @@
 """The baseline, in a process of its own: `transformers.generate` on static, left-padded batches.
 
-Reads one JSON object a line from standard input ({"prompts": [[id]], "max_tokens": [int]}) and answers
+Reads one JSON object a line from standard input: {"prompts": [[id]], "max_tokens": [int], "at": [s]}. Answers
 each with one line ({"wall": s, "traces": [{"arrivals": [[s, n]], "token_ids": [id]}]}, or {"error": why}).
 The first line it writes says that the model is loaded.
 """
@@ -118,6 +118,8 @@ def main() -> int:
     for line in sys.stdin:
         request = json.loads(line)
         try:
+            if any(request["at"]):
+                raise ValueError("a static batch takes no requests that arrive later")
             answer = generate(model, request["prompts"], request["max_tokens"])
         except Exception as error:  # the row of the table says it, and the other points go on
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -13,7 +13,7 @@ from statistics import median
 
 from benchmarks.workload import BenchRequest, Kind, Point
 
-LATENCIES = ("ttft_p50", "ttft_p95", "itl_p50", "itl_p95")
+LATENCIES = tuple(f"{name}_p{q}" for name in ("ttft", "itl") for q in (50, 95, 99))
 
 
 class BenchError(Exception):
@@ -22,7 +22,7 @@ class BenchError(Exception):
 
 @dataclass(slots=True)
 class Trace:
-    """One request as its caller saw it. Times in seconds since the run's start (all requests sent)."""
+    """One request as its caller saw it. Times in seconds since the run's start, when the first is sent."""
 
     arrivals: list[tuple[float, int]]  # when tokens came, and how many at once
     token_ids: list[int]
@@ -75,11 +75,14 @@ def summarize(point: Point, requests: Sequence[BenchRequest], traces: Sequence[T
             )
         if sum(count for _, count in trace.arrivals) != request.max_tokens:
             raise BenchError(f"request {index}: arrivals do not add up to its tokens")
-    first = [trace.arrivals[0][0] for trace in traces]
+    first = [trace.arrivals[0][0] - request.at for request, trace in zip(requests, traces, strict=True)]
     between = [gap for trace in traces for gap in gaps(trace)]
-    latencies = {"ttft_p50": percentile(first, 50), "ttft_p95": percentile(first, 95)}
-    if between:
-        latencies |= {"itl_p50": percentile(between, 50), "itl_p95": percentile(between, 95)}
+    latencies = {
+        f"{name}_p{q}": percentile(values, q)
+        for name, values in (("ttft", first), ("itl", between))
+        for q in (50, 95, 99)
+        if values
+    }
     merged = sum(count - 1 for trace in traces for _, count in trace.arrivals)
     return Run(
         tokens_per_second=_rate(point, requests, traces, wall),
@@ -93,7 +96,7 @@ def summarize(point: Point, requests: Sequence[BenchRequest], traces: Sequence[T
 def _rate(point: Point, requests: Sequence[BenchRequest], traces: Sequence[Trace], wall: float) -> float:
     if point.kind is Kind.PREFILL:
         return sum(len(request.prompt) for request in requests) / wall
-    if point.kind is Kind.BATCH:
+    if point.kind in (Kind.BATCH, Kind.TRACE):
         return sum(request.max_tokens for request in requests) / wall
     arrivals = traces[0].arrivals
     if len(arrivals) < 2:

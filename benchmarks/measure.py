@@ -56,6 +56,8 @@ def about(server: Server) -> About:
 
 async def _stream(client: AsyncClient, request: BenchRequest, started: float) -> Trace:
     trace = Trace([], [])
+    if request.at:
+        await asyncio.sleep(started + request.at - time.perf_counter())
     stream = client.stream_generate(
         request.prompt,
         temperature=0.0,
@@ -71,7 +73,8 @@ async def _stream(client: AsyncClient, request: BenchRequest, started: float) ->
     return trace
 
 
-async def _run(address: str, requests: Sequence[BenchRequest]) -> tuple[list[Trace], float]:
+async def stream_all(address: str, requests: Sequence[BenchRequest]) -> tuple[list[Trace], float]:
+    """Sends each request at its time; the traces, and the wall time in seconds. Raises SalverError."""
     async with AsyncClient(address) as client:
         await client.server_info()  # connects, which is not what is measured
         started = time.perf_counter()
@@ -80,13 +83,13 @@ async def _run(address: str, requests: Sequence[BenchRequest]) -> tuple[list[Tra
 
 
 def run_point(server: Server, point: Point, requests: Sequence[BenchRequest]) -> Run:
-    """Sends the requests at once and waits for all answers.
+    """Sends each request at its time and waits for all answers.
 
     Raises BenchError with the server's or the client's words when any of them fails.
     """
     before = server.metrics()
     try:
-        traces, wall = asyncio.run(_run(server.address, requests))
+        traces, wall = asyncio.run(stream_all(server.address, requests))
     except SalverError as error:
         raise BenchError(f"{type(error).__name__}: {error}") from error
     after = server.metrics()

@@ -206,31 +206,36 @@ def outside_model_share(before: dict[str, float], after: dict[str, float]) -> fl
     return 1 - (after[MODEL_SECONDS] - before.get(MODEL_SECONDS, 0.0)) / total if total > 0 else None
 
 
-class Baseline:
-    """`benchmarks/baseline.py` in its own process; idle (blocked on its input) while Salver is measured."""
+class InProcess:
+    """A system that is called in process, in a process of ours that speaks as `baseline.py` does: idle
+    (blocked on its input) while another one is measured. Raises BenchError when it does not come up."""
 
-    def __init__(self, checkpoint: Path, *, dtype: str, threads: int, timeout: float = 900.0) -> None:
-        script = Path(__file__).with_name("baseline.py")
+    def __init__(self, command: Sequence[str], *, what: str, timeout: float = 900.0) -> None:
         self._timeout = timeout
+        self._what = what
         self.peak_rss = 0
-        self._process = subprocess.Popen(
-            [sys.executable, str(script), str(checkpoint), "--dtype", dtype, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        started = time.perf_counter()
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about: dict[str, Any] = self._answer()
+        self.start_seconds = time.perf_counter() - started
 
-    def __enter__(self) -> Baseline:
+    def __enter__(self) -> InProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self._process.kill()
         self._process.wait()
 
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -242,22 +247,23 @@ class Baseline:
             limit.cancel()
         if not line:
             raise BenchError(
-                f"the baseline ended (status {self._process.wait()}) or took {self._timeout:g} s"
+                f"{self._what} ended (status {self._process.wait()}) or took {self._timeout:g} s"
             )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def run(self, requests: Sequence[BenchRequest]) -> tuple[list[Trace], float]:
-        """One static batch; its traces and wall time in seconds. Raises BenchError."""
+        """The traces of the requests and the wall time in seconds. Raises BenchError."""
         assert self._process.stdin is not None
         question = {
             "prompts": [list(request.prompt) for request in requests],
             "max_tokens": [request.max_tokens for request in requests],
+            "at": [request.at for request in requests],
         }
         try:
             print(json.dumps(question), file=self._process.stdin, flush=True)
         except OSError as error:
-            raise BenchError(f"the baseline is gone: {error}") from error
+            raise BenchError(f"{self._what} is gone: {error}") from error
         answer = self._answer()
         self.peak_rss = max(self.peak_rss, answer["peak_rss"])
         if "error" in answer:
@@ -267,3 +273,12 @@ class Baseline:
             for trace in answer["traces"]
         ]
         return traces, answer["wall"]
+
+
+class Baseline(InProcess):
+    """`benchmarks/baseline.py`: `transformers.generate` on static batches."""
+
+    def __init__(self, checkpoint: Path, *, dtype: str, threads: int) -> None:
+        script = Path(__file__).with_name("baseline.py")
+        command = [sys.executable, str(script), str(checkpoint), "--dtype", dtype, "--threads", str(threads)]
+        super().__init__(command, what="the baseline")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 FIRST_PLAIN_TOKEN = 256
 """Ids from here on are ordinary text in every vocabulary that the benchmark serves: the special tokens
@@ -17,6 +21,7 @@ class Kind(StrEnum):
     DECODE = "decode"  # tokens/s between the first and the last token of one stream
     PREFILL = "prefill"  # prompt tokens/s until a one-token answer is complete
     BATCH = "batch"  # output tokens/s over the wall time of requests sent at once
+    TRACE = "trace"  # output tokens/s over the wall time of requests that arrive one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class BenchRequest:
 
     prompt: tuple[int, ...]
     max_tokens: int
+    at: float = 0.0
+    """When it is sent, seconds since the run's start."""
 
 
 POINTS: dict[str, Point] = {
@@ -49,6 +56,73 @@ POINTS: dict[str, Point] = {
         Point("batch_32", "32 at once, 16-256 in, 32-128 out", Kind.BATCH, 32, (16, 256), (32, 128)),
     )
 }
+
+TRACE_SAMPLE = Path(__file__).with_name("trace_sample.csv")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request of a recorded trace: seconds since the first one, and its lengths in tokens."""
+
+    at: float
+    prompt_length: int
+    output_length: int
+
+
+def read_trace(path: Path) -> list[Arrival]:
+    """A trace in the format of the Azure LLM inference traces: TIMESTAMP,ContextTokens,GeneratedTokens.
+
+    Lines that start with `#` are comments. Raises OSError, and ValueError for a file of another format.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    try:
+        # The recorded fraction has seven digits; Python reads six.
+        times = [datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
+        arrivals = [
+            Arrival((time - times[0]).total_seconds(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+            for time, row in zip(times, rows, strict=True)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a trace of TIMESTAMP,ContextTokens,GeneratedTokens: {error}"
+        ) from error
+    if len(arrivals) < 2 or arrivals[-1].at <= 0:
+        raise ValueError(f"{path}: a trace needs two requests or more, in the order of their arrival")
+    return arrivals
+
+
+def scale_trace(
+    trace: Iterable[Arrival], *, num_requests: int, rate: float, shrink: float, max_length: int
+) -> list[Arrival]:
+    """The first requests, arriving `rate` a second on average, their lengths divided by `shrink`.
+
+    The shape stays: gaps keep their proportions. A prompt and its answer fit in `max_length` tokens.
+    """
+    taken = list(trace)[:num_requests]
+    span = taken[-1].at - taken[0].at
+    stretch = (len(taken) - 1) / rate / span if span > 0 else 0.0
+    scaled = []
+    for arrival in taken:
+        output = max(1, min(round(arrival.output_length / shrink), max_length // 2))
+        prompt = max(1, min(round(arrival.prompt_length / shrink), max_length - output))
+        scaled.append(Arrival((arrival.at - taken[0].at) * stretch, prompt, output))
+    return scaled
+
+
+def trace_requests(
+    trace: Iterable[Arrival], *, seed: int, repeat: int, vocab_size: int
+) -> tuple[BenchRequest, ...]:
+    """The requests of one run of a (scaled) trace, with prompts as `make_requests` draws them."""
+    ids = random.Random(f"ids/{seed}/trace/{repeat}")
+    return tuple(
+        BenchRequest(
+            tuple(ids.randrange(FIRST_PLAIN_TOKEN, vocab_size) for _ in range(arrival.prompt_length)),
+            arrival.output_length,
+            arrival.at,
+        )
+        for arrival in trace
+    )
 
 
 def make_requests(point: Point, *, seed: int, repeat: int, vocab_size: int) -> tuple[BenchRequest, ...]:

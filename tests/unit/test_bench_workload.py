@@ -99,7 +99,7 @@ def test_a_decode_rate_leaves_out_the_first_token() -> None:
 def test_a_prefill_rate_counts_prompt_tokens_and_has_no_gaps() -> None:
     run = summarize(POINTS["prefill_512"], [BenchRequest((1,) * 512, 1)], [Trace([(0.5, 1)], [9])], wall=2.0)
     assert run.tokens_per_second == 256
-    assert set(run.latencies) == {"ttft_p50", "ttft_p95"}
+    assert set(run.latencies) == {"ttft_p50", "ttft_p95", "ttft_p99"}
 
 
 def test_a_batch_rate_counts_output_tokens_over_the_wall() -> None:
