@@ -7,6 +7,7 @@
 #   HOST PORT METRICS_PORT MODEL QUESTION SERVE_ARGS   of `make run`
 #   PYTEST_ARGS   of `make test`
 #   BENCH_ARGS    of `make bench`
+#   EXACTNESS_ARGS  of `make exactness`, e.g. "--first 4711 --mixes 1" to replay one
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -20,6 +21,7 @@ QUESTION ?= What is the capital of France?
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+EXACTNESS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install $(PIP_ARGS)
@@ -31,11 +33,11 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench protos tools clean
+.PHONY: help run test check bench exactness protos tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 run: $(VENV)/.server ## install, fetch the default model, serve it, ask it a question, go on until Ctrl-C
 	@$(BIN)/python deploy/run_local.py --host "$(HOST)" --port "$(PORT)" --metrics-port "$(METRICS_PORT)" \
@@ -58,6 +60,9 @@ endif
 
 bench: $(VENV)/.dev ## measure the served default model, and transformers beside it
 	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
+	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
 
 protos: $(VENV)/.dev ## generate the stubs anew (an install does it too)
 	touch protos/generate.py
