@@ -33,7 +33,7 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench exactness protos tools clean
+.PHONY: help run test check bench bench-service bench-growth bench-quality exactness wheel protos tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -60,6 +60,12 @@ endif
 
 bench: $(VENV)/.dev ## measure the served default model, and transformers beside it
 	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-service: $(VENV)/.dev ## measure what serving costs: through gRPC, and the same engine in process
+	$(BIN)/python benchmarks/service.py $(BENCH_ARGS)
+
+bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, memory, arriving prompts
+	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
 
 exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
 	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)

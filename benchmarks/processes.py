@@ -207,14 +207,32 @@ def outside_model_share(before: dict[str, float], after: dict[str, float]) -> fl
 
 
 class Baseline:
-    """`benchmarks/baseline.py` in its own process; idle (blocked on its input) while Salver is measured."""
+    """`benchmarks/baseline.py` (or another script that answers as it does) in its own process.
 
-    def __init__(self, checkpoint: Path, *, dtype: str, threads: int, timeout: float = 900.0) -> None:
-        script = Path(__file__).with_name("baseline.py")
+    It is idle (blocked on its input) while Salver is measured.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        dtype: str,
+        threads: int,
+        timeout: float = 900.0,
+        script: str = "baseline.py",
+    ) -> None:
         self._timeout = timeout
         self.peak_rss = 0
         self._process = subprocess.Popen(
-            [sys.executable, str(script), str(checkpoint), "--dtype", dtype, "--threads", str(threads)],
+            [
+                sys.executable,
+                str(Path(__file__).with_name(script)),
+                str(checkpoint),
+                "--dtype",
+                dtype,
+                "--threads",
+                str(threads),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

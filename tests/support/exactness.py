@@ -116,6 +116,7 @@ class Mix:
             num_blocks=least + draw.choice((0, 1, 2, 3, 60)),
             max_num_seqs=seats,
             max_num_batched_tokens=seats + draw.choice((0, 5, 13, 40, 300)),
+            tokens_for_one=draw.choice((0, 3, 20)),
             enable_prefix_caching=draw.random() < 0.7,
         )
 

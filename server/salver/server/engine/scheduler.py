@@ -6,6 +6,10 @@ sure of at least one token, then waiting ones. A prompt longer than the budget i
 in chunks, a cached prefix is a head start, a preempted sequence starts again from its
 tokens so far, and so does a resumed one: all the same case.
 
+While sequences decode, each prompt token in their step delays them. So as long as no more
+sequences are on their way to their first token than decode, a step computes at most twice
+what it would without prompts; otherwise, and while nothing decodes, the whole budget is used.
+
 Order: the class (arrival in whole priority intervals, less the priority), then the earlier
 deadline, then arrival. The class of a waiting request never changes while that of later
 arrivals grows, so whatever arrives, only requests of priority p' that came less than
@@ -60,8 +64,11 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        tokens_for_one: int = 0,
         priority_interval: float = 1.0,
     ) -> None:
+        """`tokens_for_one` is how many tokens a step computes in about the time of one; 0: prompts
+        have the whole budget also while others decode. Raises ValueError for too small a budget."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs "
@@ -70,6 +77,7 @@ class Scheduler:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.tokens_for_one = tokens_for_one
         self.priority_interval = priority_interval
         self.running: list[Sequence] = []  # sorted by key, best first
         self.num_waiting = 0
@@ -208,8 +216,17 @@ class Scheduler:
         self.preemptions += 1
         self._wait(sequence)
 
+    def _budget(self) -> int:
+        """Tokens of the next step; at least one for each running sequence."""
+        decoding = sum(s.num_tokens - s.num_computed_tokens == 1 for s in self.running)
+        seats = self.max_num_seqs - len(self.running)
+        starting = len(self.running) - decoding + min(self.num_waiting, seats)
+        if not self.tokens_for_one or starting > decoding:
+            return self.max_num_batched_tokens
+        return min(self.max_num_batched_tokens, 2 * max(self.tokens_for_one, decoding))
+
     def _schedule_running(self, schedule: Schedule) -> tuple[int, bool]:
-        budget = self.max_num_batched_tokens
+        budget = self._budget()
         preempted = False
         index = 0
         while index < len(self.running):
