@@ -70,6 +70,11 @@ bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, m
 exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
 	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
 
+wheel: $(VENV)/.made ## build the wheel, with the native kernel compiled, into dist
+	SALVER_BUILD_KERNELS=1 $(BIN)/python -m pip --disable-pip-version-check --quiet wheel $(PIP_ARGS) --no-deps -w dist .
+	@$(BIN)/python -c 'import glob, zipfile; path = max(glob.glob("dist/salver-*linux*.whl")); \
+		assert "salver/model/kernels/salver_kernels.so" in zipfile.ZipFile(path).namelist(), path; print(path)'
+
 protos: $(VENV)/.dev ## generate the stubs anew (an install does it too)
 	touch protos/generate.py
 	$(MAKE) $(VENV)/.dev
