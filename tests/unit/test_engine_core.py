@@ -277,22 +277,21 @@ def rows_of_steps(decoding: int, arriving: int, tokens_for_one: int) -> list[int
 
 
 def test_prompts_leave_time_to_those_who_decode() -> None:
-    # A step costs what 7 tokens cost, or what 4 streams do: at most twice that.
-    assert rows_of_steps(4, 1, tokens_for_one=7) == [14, 14, 14, 14]
-    assert max(rows_of_steps(9, 1, tokens_for_one=7)) == 18
-    # Two streams, and one on its way: no more than decode, so the limit holds.
-    assert max(rows_of_steps(2, 2, tokens_for_one=7)) == 14
+    # A step costs what 7 tokens cost, or what 9 streams do: at most three times so many tokens.
+    assert rows_of_steps(4, 1, tokens_for_one=7) == [21, 21, 10]
+    assert max(rows_of_steps(9, 4, tokens_for_one=7)) == 27
+    assert max(rows_of_steps(1, 1, tokens_for_one=7)) == 21
 
 
 def test_prompts_have_the_whole_step_otherwise() -> None:
     assert rows_of_steps(0, 1, tokens_for_one=7) == [40]
-    assert rows_of_steps(2, 3, tokens_for_one=7)[0] == 48  # most wait for their first token
+    assert rows_of_steps(4, 3, tokens_for_one=7)[0] == 48  # many wait for their first token
     assert rows_of_steps(4, 1, tokens_for_one=0) == [44]
 
 
 def test_who_waits_without_a_seat_does_not_count() -> None:
     """Twelve seats, eleven taken, many waiting: one prompt at a time comes in, and slowly."""
-    assert max(rows_of_steps(11, 30, tokens_for_one=7)[:4]) == 22
+    assert max(rows_of_steps(11, 30, tokens_for_one=7)) == 33
 
 
 def test_a_deadline_frees_everything_within_a_step() -> None:

@@ -6,9 +6,10 @@ sure of at least one token, then waiting ones. A prompt longer than the budget i
 in chunks, a cached prefix is a head start, a preempted sequence starts again from its
 tokens so far, and so does a resumed one: all the same case.
 
-While sequences decode, each prompt token in their step delays them. So as long as no more
-sequences are on their way to their first token than decode, a step computes at most twice
-what it would without prompts; otherwise, and while nothing decodes, the whole budget is used.
+While sequences decode, each prompt token in their step delays them. So as long as few
+sequences are on their way to their first token (one, or half as many as decode), a step has at
+most STRETCH times the tokens that it would take without prompts; otherwise, and while nothing
+decodes, the whole budget is used: a crowd that starts together is better served by that.
 
 Order: the class (arrival in whole priority intervals, less the priority), then the earlier
 deadline, then arrival. The class of a waiting request never changes while that of later
@@ -26,6 +27,10 @@ from dataclasses import dataclass, field
 from salver.server.engine.blocks import BlockPool
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
 from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus
+
+# Three times the tokens take less than twice the time: attention to long contexts and what a step
+# costs anyhow don't grow with them (docs/performance.md, "How cost grows").
+STRETCH = 3
 
 
 @dataclass(slots=True)
@@ -221,9 +226,9 @@ class Scheduler:
         decoding = sum(s.num_tokens - s.num_computed_tokens == 1 for s in self.running)
         seats = self.max_num_seqs - len(self.running)
         starting = len(self.running) - decoding + min(self.num_waiting, seats)
-        if not self.tokens_for_one or starting > decoding:
+        if not self.tokens_for_one or not decoding or starting > max(1, decoding // 2):
             return self.max_num_batched_tokens
-        return min(self.max_num_batched_tokens, 2 * max(self.tokens_for_one, decoding))
+        return min(self.max_num_batched_tokens, STRETCH * max(self.tokens_for_one, decoding))
 
     def _schedule_running(self, schedule: Schedule) -> tuple[int, bool]:
         budget = self._budget()
