@@ -67,6 +67,9 @@ bench-service: $(VENV)/.dev ## measure what serving costs: through gRPC, and the
 bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, memory, arriving prompts
 	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
 
+bench-quality: $(VENV)/.dev ## measure perplexity and agreement with float32 of each precision
+	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
+
 exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
 	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
 
