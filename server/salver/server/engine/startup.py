@@ -209,7 +209,7 @@ def _speed(runner: ModelRunner, max_model_len: int) -> tuple[float, int]:
     """
     length = min(WARM_UP_TOKENS, max_model_len)
     many = max(runner.measure_prefill(length) for _ in range(WARM_UP_RUNS))
-    one = max(runner.measure_prefill(1) for _ in range(WARM_UP_RUNS))
+    one = max(runner.measure_prefill(1) for _ in range(4 * WARM_UP_RUNS))  # short, so easily disturbed
     return many, max(1, int(many / one))
 
 
