@@ -7,6 +7,7 @@
 #   HOST PORT METRICS_PORT MODEL QUESTION SERVE_ARGS   of `make run`
 #   PYTEST_ARGS   of `make test`
 #   BENCH_ARGS    of `make bench` and `make bench-peers`
+#   EXACTNESS_ARGS  of `make exactness`, e.g. "--first 4711 --mixes 1" to replay one
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -20,6 +21,7 @@ QUESTION ?= What is the capital of France?
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+EXACTNESS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install $(PIP_ARGS)
@@ -31,11 +33,11 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench bench-peers protos tools clean
+.PHONY: help run test check bench bench-peers bench-service bench-growth bench-quality exactness wheel protos tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 run: $(VENV)/.server ## install, fetch the default model, serve it, ask it a question, go on until Ctrl-C
 	@$(BIN)/python deploy/run_local.py --host "$(HOST)" --port "$(PORT)" --metrics-port "$(METRICS_PORT)" \
@@ -61,6 +63,23 @@ bench: $(VENV)/.dev ## measure the served default model, and transformers beside
 
 bench-peers: $(VENV)/.dev ## install other servers into .peers and measure Salver beside them
 	$(BIN)/python benchmarks/compare.py $(BENCH_ARGS)
+
+bench-service: $(VENV)/.dev ## measure what serving costs: through gRPC, and the same engine in process
+	$(BIN)/python benchmarks/service.py $(BENCH_ARGS)
+
+bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, memory, arriving prompts
+	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
+
+bench-quality: $(VENV)/.dev ## measure perplexity and agreement with float32 of each precision
+	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
+
+exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
+	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
+
+wheel: $(VENV)/.made ## build the wheel, with the native kernel compiled, into dist
+	SALVER_BUILD_KERNELS=1 $(BIN)/python -m pip --disable-pip-version-check --quiet wheel $(PIP_ARGS) --no-deps -w dist .
+	@$(BIN)/python -c 'import glob, zipfile; path = max(glob.glob("dist/salver-*linux*.whl")); \
+		assert "salver/model/kernels/salver_kernels.so" in zipfile.ZipFile(path).namelist(), path; print(path)'
 
 protos: $(VENV)/.dev ## generate the stubs anew (an install does it too)
 	touch protos/generate.py

@@ -81,7 +81,7 @@ def load(checkpoint: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _protocol_stream() -> TextIO:
+def protocol_stream() -> TextIO:
     """The real standard output; prints of any library go to standard error instead."""
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
-    answers = _protocol_stream()
+    answers = protocol_stream()
     torch.set_num_threads(args.threads)
     log: Any = transformers.utils.logging  # untyped
     log.set_verbosity_error()

@@ -276,9 +276,9 @@ class InProcess:
 
 
 class Baseline(InProcess):
-    """`benchmarks/baseline.py`: `transformers.generate` on static batches."""
+    """`benchmarks/baseline.py` (`transformers.generate` on static batches), or a script called as it is."""
 
-    def __init__(self, checkpoint: Path, *, dtype: str, threads: int) -> None:
-        script = Path(__file__).with_name("baseline.py")
-        command = [sys.executable, str(script), str(checkpoint), "--dtype", dtype, "--threads", str(threads)]
+    def __init__(self, checkpoint: Path, *, dtype: str, threads: int, script: str = "baseline.py") -> None:
+        path = Path(__file__).with_name(script)
+        command = [sys.executable, str(path), str(checkpoint), "--dtype", dtype, "--threads", str(threads)]
         super().__init__(command, what="the baseline")

@@ -159,15 +159,19 @@ requests = st.builds(
     st.lists(st.tuples(requests, st.integers(0, 6)), min_size=1, max_size=14),
     st.integers(20, 33),
     st.sampled_from([6, 7, 16, 64]),
+    st.sampled_from([0, 1, 5]),
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_every_answer_is_a_function_of_its_request(arrivals, num_blocks, budget, caching, rng) -> None:
+def test_every_answer_is_a_function_of_its_request(
+    arrivals, num_blocks, budget, tokens_for_one, caching, rng
+) -> None:
     """Crowds, shared prefixes, chunks, forks, preemptions and cancels change nobody's tokens."""
     runner, clock = BookkeepingRunner(), Clock()
     limits = replace(
-        LIMITS, num_blocks=num_blocks, max_num_batched_tokens=budget, enable_prefix_caching=caching
-    )
+        LIMITS, num_blocks=num_blocks, max_num_batched_tokens=budget, tokens_for_one=tokens_for_one,
+        enable_prefix_caching=caching,
+    )  # fmt: skip
     engine = InlineEngine(runner, limits, clock=clock)
     sinks: dict[int, tuple[EngineRequest, Sink]] = {}
     aborted: set[int] = set()
@@ -248,6 +252,46 @@ def test_a_long_prompt_leaves_every_stream_its_token() -> None:
     for step in range(2, 6):
         engine.step()
         assert len(stream.tokens[0]) == step
+
+
+def rows_of_steps(decoding: int, arriving: int, tokens_for_one: int) -> list[int]:
+    """Tokens of each step from the arrival of prompts of 40 to one's first token; `decoding` streams run."""
+    limits = replace(
+        LIMITS, num_blocks=200, max_num_seqs=12, max_num_batched_tokens=48, tokens_for_one=tokens_for_one
+    )
+    engine = InlineEngine(BookkeepingRunner(), limits, clock=Clock())
+    for number in range(decoding):
+        engine.submit(request(number, [number + 1], max_tokens=60), Sink())
+    engine.step()
+    prompts = [Sink() for _ in range(arriving)]
+    for number, sink in enumerate(prompts):
+        engine.submit(request(100 + number, [30 + number] * 40, max_tokens=2), sink)
+    rows = []
+    while not any(sink.tokens for sink in prompts):
+        message = engine.step()
+        assert message is not None and message.stats is not None
+        rows.append(message.stats.num_tokens)
+        tokens = [o for o in message.outputs if o.request_id < 100]
+        assert len(tokens) == decoding  # nobody's stream stops
+    return rows
+
+
+def test_prompts_leave_time_to_those_who_decode() -> None:
+    # A step costs what 7 tokens cost, or what 9 streams do: at most three times so many tokens.
+    assert rows_of_steps(4, 1, tokens_for_one=7) == [21, 21, 10]
+    assert max(rows_of_steps(9, 4, tokens_for_one=7)) == 27
+    assert max(rows_of_steps(1, 1, tokens_for_one=7)) == 21
+
+
+def test_prompts_have_the_whole_step_otherwise() -> None:
+    assert rows_of_steps(0, 1, tokens_for_one=7) == [40]
+    assert rows_of_steps(4, 3, tokens_for_one=7)[0] == 48  # many wait for their first token
+    assert rows_of_steps(4, 1, tokens_for_one=0) == [44]
+
+
+def test_who_waits_without_a_seat_does_not_count() -> None:
+    """Twelve seats, eleven taken, many waiting: one prompt at a time comes in, and slowly."""
+    assert max(rows_of_steps(11, 30, tokens_for_one=7)) == 33
 
 
 def test_a_deadline_frees_everything_within_a_step() -> None:

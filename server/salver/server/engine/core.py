@@ -56,6 +56,7 @@ class EngineLimits:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    tokens_for_one: int = 0  # that a step computes in about the time of one; see `scheduler`
     priority_interval: float = 1.0
     enable_prefix_caching: bool = True
     check_integrity: bool = False
@@ -81,6 +82,7 @@ class EngineCore:
             self.pool,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
+            tokens_for_one=limits.tokens_for_one,
             priority_interval=limits.priority_interval,
         )
         self.steps = 0

@@ -6,6 +6,11 @@ sure of at least one token, then waiting ones. A prompt longer than the budget i
 in chunks, a cached prefix is a head start, a preempted sequence starts again from its
 tokens so far, and so does a resumed one: all the same case.
 
+While sequences decode, each prompt token in their step delays them. So as long as few
+sequences are on their way to their first token (one, or half as many as decode), a step has at
+most STRETCH times the tokens that it would take without prompts; otherwise, and while nothing
+decodes, the whole budget is used: a crowd that starts together is better served by that.
+
 Order: the class (arrival in whole priority intervals, less the priority), then the earlier
 deadline, then arrival. The class of a waiting request never changes while that of later
 arrivals grows, so whatever arrives, only requests of priority p' that came less than
@@ -22,6 +27,10 @@ from dataclasses import dataclass, field
 from salver.server.engine.blocks import BlockPool
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
 from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus
+
+# Three times the tokens take less than twice the time: attention to long contexts and what a step
+# costs anyhow don't grow with them (docs/performance.md, "How cost grows").
+STRETCH = 3
 
 
 @dataclass(slots=True)
@@ -60,8 +69,11 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        tokens_for_one: int = 0,
         priority_interval: float = 1.0,
     ) -> None:
+        """`tokens_for_one` is how many tokens a step computes in about the time of one; 0: prompts
+        have the whole budget also while others decode. Raises ValueError for too small a budget."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs "
@@ -70,6 +82,7 @@ class Scheduler:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.tokens_for_one = tokens_for_one
         self.priority_interval = priority_interval
         self.running: list[Sequence] = []  # sorted by key, best first
         self.num_waiting = 0
@@ -208,8 +221,17 @@ class Scheduler:
         self.preemptions += 1
         self._wait(sequence)
 
+    def _budget(self) -> int:
+        """Tokens of the next step; at least one for each running sequence."""
+        decoding = sum(s.num_tokens - s.num_computed_tokens == 1 for s in self.running)
+        seats = self.max_num_seqs - len(self.running)
+        starting = len(self.running) - decoding + min(self.num_waiting, seats)
+        if not self.tokens_for_one or not decoding or starting > max(1, decoding // 2):
+            return self.max_num_batched_tokens
+        return min(self.max_num_batched_tokens, STRETCH * max(self.tokens_for_one, decoding))
+
     def _schedule_running(self, schedule: Schedule) -> tuple[int, bool]:
-        budget = self.max_num_batched_tokens
+        budget = self._budget()
         preempted = False
         index = 0
         while index < len(self.running):

@@ -27,6 +27,7 @@ DEFAULT_NUM_SEQS = {"cpu": 32, "cuda": 256}
 CPU_CACHE_BYTES = 192 << 20  # at least, and enough for one whole context
 STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
 WARM_UP_TOKENS = 128
+WARM_UP_RUNS = 3
 
 
 class StartError(Exception):
@@ -68,7 +69,8 @@ def start_engine(
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
     timer.done("probe numerics")
     runner = ModelRunner(decoder, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump)
-    budget = config.max_num_batched_tokens or _token_budget(runner, max_num_seqs, max_model_len)
+    speed, tokens_for_one = _speed(runner, max_model_len)
+    budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
         raise StartError(
             f"--max-num-batched-tokens ({budget}) must be at least --max-num-seqs ({max_num_seqs}): "
@@ -81,6 +83,7 @@ def start_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        tokens_for_one=tokens_for_one,
         priority_interval=config.priority_interval,
         enable_prefix_caching=config.enable_prefix_caching,
         check_integrity=config.check_integrity,
@@ -199,10 +202,18 @@ def _num_blocks(
     return int(blocks)
 
 
-def _token_budget(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> int:
-    """Tokens of a step that takes about STEP_SECONDS at the speed measured here."""
+def _speed(runner: ModelRunner, max_model_len: int) -> tuple[float, int]:
+    """Prompt tokens a second, and how many of them take the time of a step of one token.
+
+    The best of some short runs: what else the machine does only ever makes one slower.
+    """
     length = min(WARM_UP_TOKENS, max_model_len)
-    runner.measure_prefill(length)
-    speed = runner.measure_prefill(length)
+    many = max(runner.measure_prefill(length) for _ in range(WARM_UP_RUNS))
+    one = max(runner.measure_prefill(1) for _ in range(4 * WARM_UP_RUNS))  # short, so easily disturbed
+    return many, max(1, int(many / one))
+
+
+def _token_budget(speed: float, max_num_seqs: int) -> int:
+    """Tokens of a step that takes about STEP_SECONDS at so many a second."""
     budget = int(speed * STEP_SECONDS) // 64 * 64
     return max(128, max_num_seqs, min(budget, 8192))
