@@ -1,94 +1,27 @@
-"""Scheduler and core with a runner that remembers what each cache slot holds.
-
-The fake runner computes no model, but it keeps the cache's books: it writes each token at
-its slot and, before it chooses the next one, reads the whole sequence back through the
-block table. So a wrong block, a missed copy or a stale prefix changes a token.
-"""
+"""Scheduler and core with a runner that remembers what each cache slot holds (support/bookkeeping.py)."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.bookkeeping import BLOCK, BookkeepingRunner, Clock, expected, request
 
-from salver.server.engine.core import EngineCore, EngineLimits, RowResult, StepResult
+from salver.server.engine.core import EngineCore, EngineLimits, StepResult
 from salver.server.engine.inline import InlineEngine
 from salver.server.engine.request import (
     EngineRequest,
     FinishReason,
-    Logprobs,
-    SamplingParams,
     SequenceOutput,
-    StoppingParams,
 )
 from salver.server.engine.scheduler import Schedule, Scheduler
 
-BLOCK = 4
 LIMITS = EngineLimits(
     num_blocks=33, block_size=BLOCK, max_model_len=96, max_num_seqs=6, max_num_batched_tokens=16,
     check_integrity=True,
 )  # fmt: skip
-
-
-class Clock:
-    """Moves on by itself a little at every look."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 0.001
-        return self.now
-
-
-def next_token(token_ids: list[int], seed: int, index: int) -> int:
-    return random.Random(f"{token_ids} {seed} {index}").randrange(50)
-
-
-class BookkeepingRunner:
-    def __init__(self) -> None:
-        self.slots: dict[int, int] = {}
-        self.rows_computed = 0
-        self.most_rows = 0
-
-    def execute(self, schedule: Schedule) -> StepResult:
-        contents = [
-            [self.slots.get(source * BLOCK + i) for i in range(BLOCK)] for source, _ in schedule.copies
-        ]
-        for (_, destination), content in zip(schedule.copies, contents, strict=True):
-            self.slots.update(
-                {destination * BLOCK + i: token for i, token in enumerate(content) if token is not None}
-            )
-        self.most_rows = max(self.most_rows, schedule.num_tokens)
-        self.rows_computed += schedule.num_tokens
-        for item in schedule.scheduled:
-            for position in range(item.start, item.start + item.num_tokens):
-                self.slots[self.slot(item.sequence.block_table, position)] = item.sequence.token_ids[position]
-        rows = []
-        for item in schedule.scheduled:
-            sequence = item.sequence
-            end = item.start + item.num_tokens
-            read = [self.slots[self.slot(sequence.block_table, p)] for p in range(end)]
-            row = RowResult()
-            if item.samples:
-                row.token_id = next_token(read, sequence.request.sampling.seed, sequence.sample_index)
-            if sequence.request.prompt_top_k is not None:
-                first = max(item.start + 1, sequence.next_prompt_logprob)
-                last = min(end, sequence.num_prompt_tokens - 1)
-                row.prompt_logprobs = [
-                    Logprobs(sequence.token_ids[p], -1.0, 1) for p in range(first, last + 1)
-                ]
-                sequence.next_prompt_logprob = max(sequence.next_prompt_logprob, last + 1)
-            rows.append(row)
-        return StepResult(rows)
-
-    @staticmethod
-    def slot(table: list[int], position: int) -> int:
-        assert table[position // BLOCK] != 0
-        return table[position // BLOCK] * BLOCK + position % BLOCK
 
 
 class Sink:
@@ -108,33 +41,6 @@ class Sink:
     def started(self, seconds: float) -> None:
         assert seconds >= 0
         self.starts += 1
-
-
-def request(request_id: int, prompt: list[int], max_tokens: int = 8, n: int = 1, **changes) -> EngineRequest:
-    stop = changes.pop("stop", frozenset())
-    changes.setdefault("sampling", SamplingParams(seed=request_id))
-    return EngineRequest(
-        request_id,
-        tuple(prompt),
-        stopping=StoppingParams(max_tokens, stop_token_ids=stop),
-        sample_indices=tuple(range(n)),
-        outputs=changes.pop("outputs", ((),) * n),
-        **changes,
-    )
-
-
-def expected(item: EngineRequest, position: int) -> list[int]:
-    """What the fake model gives for a sample of a request that has the engine for itself."""
-    index = item.sample_indices[position]
-    tokens = [*item.prompt_token_ids, *item.outputs[position]]
-    output = list(item.outputs[position])
-    while len(output) < item.stopping.max_tokens:
-        token = next_token(tokens, item.sampling.seed, index)
-        tokens.append(token)
-        output.append(token)
-        if token in item.stopping.stop_token_ids:
-            break
-    return output[len(item.outputs[position]) :]
 
 
 requests = st.builds(

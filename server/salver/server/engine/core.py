@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from salver.server.engine.blocks import BlockPool
+from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.request import (
     EngineRequest,
     FinishReason,
@@ -31,6 +32,7 @@ class RowResult:
     logprobs: Logprobs | None = None
     prompt_logprobs: list[Logprobs] | None = None
     error: str = ""  # this sequence alone failed
+    out_of_memory: bool = False  # because it alone does not fit
 
 
 @dataclass(slots=True)
@@ -42,7 +44,11 @@ class StepResult:
 
 
 class Runner(Protocol):
-    """Computes a step on the device."""
+    """Computes a step on the device.
+
+    Raises OutOfMemory when the step does not fit. It changes nothing of the sequences, so that
+    parts of the same step can be computed again.
+    """
 
     def execute(self, schedule: Schedule) -> StepResult: ...
 
@@ -129,7 +135,7 @@ class EngineCore:
                 self._started.add(request_id)
                 self._pending.started.append((request_id, begin - sequence.arrival))
         if schedule.scheduled:
-            result = self._runner.execute(schedule)
+            result = self._execute(schedule)
             now = self._clock()
             for item, row in zip(schedule.scheduled, result.rows, strict=True):
                 self._take(item, row, now)
@@ -148,6 +154,29 @@ class EngineCore:
         """Raises IntegrityError unless every block is accounted for. For idle moments: it looks at all."""
         self.scheduler.check_integrity()
 
+    def _execute(self, schedule: Schedule) -> StepResult:
+        """The step at once; in halves where it does not fit, down to the part that fails alone.
+
+        What is computed again gives the same keys, values and tokens. Only the block copies must
+        not come after a part that has written into them, so they go with the first part that works.
+        """
+        try:
+            return self._runner.execute(schedule)
+        except OutOfMemory as error:
+            reason = str(error)
+        # Out of the except block: its traceback would hold the failed step's tensors.
+        if len(schedule.scheduled) == 1:
+            return StepResult([RowResult(error=reason, out_of_memory=True)])
+        result, copies = StepResult([]), schedule.copies
+        middle = len(schedule.scheduled) // 2
+        for half in (schedule.scheduled[:middle], schedule.scheduled[middle:]):
+            computed = self._execute(Schedule(half, copies))
+            result.rows += computed.rows
+            result.model_duration += computed.model_duration
+            if not all(row.out_of_memory for row in computed.rows):
+                copies = []
+        return result
+
     def _refusal(self, request: EngineRequest) -> str:
         prompt, output = len(request.prompt_token_ids), max(map(len, request.outputs), default=0)
         total = prompt + max(request.stopping.max_tokens, output)
@@ -165,8 +194,15 @@ class EngineCore:
         sequence = item.sequence
         sequence.steps += 1
         if row.error:
-            self._finish(sequence, FinishReason.ERROR, error=row.error)
+            reason = FinishReason.MEMORY if row.out_of_memory else FinishReason.ERROR
+            self._finish(sequence, reason, error=row.error)
             return
+        if row.prompt_logprobs:
+            sequence.next_prompt_logprob += len(row.prompt_logprobs)
+        self._advance_and_tell(item, row, now)
+
+    def _advance_and_tell(self, item: Scheduled, row: RowResult, now: float) -> None:
+        sequence = item.sequence
         self.scheduler.advance(item)
         reason: FinishReason | None = None
         token_ids: list[int] = []

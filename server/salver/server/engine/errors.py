@@ -28,3 +28,11 @@ class RequestFailed(EngineError):
 
 class RequestDeadlineExceeded(EngineError):
     """The request's deadline passed, queued or running: DEADLINE_EXCEEDED."""
+
+
+class RequestOutOfMemory(EngineError):
+    """The request's own part of a step does not fit in memory: RESOURCE_EXHAUSTED."""
+
+
+class OutOfMemory(Exception):
+    """Inside the worker: a step, or a part of it, does not fit in memory. Its parts may."""

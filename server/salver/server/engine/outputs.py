@@ -12,7 +12,12 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from salver.server.engine.errors import EngineError, RequestDeadlineExceeded, RequestFailed
+from salver.server.engine.errors import (
+    EngineError,
+    RequestDeadlineExceeded,
+    RequestFailed,
+    RequestOutOfMemory,
+)
 from salver.server.engine.process import OutputSink
 from salver.server.engine.request import (
     EngineRequest,
@@ -241,7 +246,7 @@ class GenerationStream:
             self._prompt_logprobs += new
         sample = self._samples[output.sample_index]
         reason = output.finish_reason
-        if reason is FinishReason.DEADLINE or reason is FinishReason.ERROR:
+        if reason in (FinishReason.DEADLINE, FinishReason.ERROR, FinishReason.MEMORY):
             self._end_all(reason, output.error)
             return
         if not sample.finished:
@@ -359,6 +364,8 @@ class GenerationStream:
         """One sample's deadline or failure ends the request."""
         if reason is FinishReason.DEADLINE:
             self.fail(RequestDeadlineExceeded("the deadline passed before the answer was complete"))
+        elif reason is FinishReason.MEMORY:
+            self.fail(RequestOutOfMemory(error))
         else:
             self.fail(RequestFailed(error or "the computation of the request failed"))
         self._engine.abort(self._request.request_id)

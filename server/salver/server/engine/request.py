@@ -20,7 +20,8 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens or the end of the context
     ABORT = "abort"  # the front asked for it
     DEADLINE = "deadline"  # its deadline passed, queued or running
-    ERROR = "error"  # its computation failed (memory, NaN); the others went on
+    ERROR = "error"  # its computation failed (NaN); the others went on
+    MEMORY = "memory"  # its part of a step alone is more than the memory holds; the others went on
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from salver.model.sampling import SamplingRow, TokenLogprobs, sample, token_logp
 from salver.model.transformer import Decoder
 from salver.server.engine.batch import build_batch
 from salver.server.engine.core import RowResult, StepResult
+from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.request import Logprobs
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
@@ -41,9 +42,21 @@ class ModelRunner:
         self.device = model.device
         self._on_progress = on_progress
 
-    @torch.inference_mode()
     def execute(self, schedule: Schedule) -> StepResult:
-        """Computes one step; a row whose logits are not numbers fails alone."""
+        """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
+        try:
+            return self._compute(schedule)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0] or "out of memory"
+        # Out of the except block, whose traceback holds the failed step's tensors.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemory(reason)
+
+    @torch.inference_mode()
+    def _compute(self, schedule: Schedule) -> StepResult:
         if schedule.copies:
             self.cache.copy_blocks(schedule.copies)
         batch = build_batch(
@@ -117,7 +130,6 @@ class ModelRunner:
             result.prompt_logprobs += [_logprobs(logprobs) for logprobs in found]
             if self._on_progress:
                 self._on_progress()
-        sequence.next_prompt_logprob = last + 1
 
     @torch.inference_mode()
     def measure_prefill(self, num_tokens: int) -> float:
@@ -136,6 +148,11 @@ class ModelRunner:
         hidden = self.model(token_ids, positions, self.cache, attention, on_layer=self._on_progress)
         self._logits(hidden, [0]).argmax().item()  # the read waits for the device
         return num_tokens / (time.perf_counter() - begin)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's CPU allocator has no exception class of its own, only its name in a RuntimeError's text."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:

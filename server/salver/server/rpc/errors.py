@@ -18,6 +18,7 @@ from salver.server.engine.errors import (
     EngineError,
     EngineUnavailable,
     RequestDeadlineExceeded,
+    RequestOutOfMemory,
 )
 
 ERROR_DOMAIN = "salver"
@@ -27,6 +28,7 @@ NUMERICS_MISMATCH = "NUMERICS_MISMATCH"
 # How long clients are asked to wait, in seconds. A full queue moves within a step or a few; a
 # drained server's clients should find another one now.
 RETRY_QUEUE_FULL = 0.5
+RETRY_OUT_OF_MEMORY = 5.0  # the others that share the memory must end first
 RETRY_LOADING = 1.0
 RETRY_DRAINING = 0.1
 
@@ -155,6 +157,13 @@ def from_engine_error(error: EngineError, request_id: str) -> ApiError:
     """What a client is told of an error of the engine."""
     if isinstance(error, RequestDeadlineExceeded):
         return ApiError(grpc.StatusCode.DEADLINE_EXCEEDED, str(error) or "the deadline has passed")
+    if isinstance(error, RequestOutOfMemory):
+        return ApiError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"the request does not fit in the server's memory: {error}",
+            reason="OUT_OF_MEMORY",
+            retry_after=RETRY_OUT_OF_MEMORY,
+        )
     if isinstance(error, EngineUnavailable):
         message = str(error) or "the engine is restarting"
         return unavailable(message, error.retry_after, "ENGINE_UNAVAILABLE")

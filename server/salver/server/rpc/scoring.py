@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from salver.server.admission import Admission
-from salver.server.engine.errors import EngineError, RequestDeadlineExceeded, RequestFailed
+from salver.server.engine.errors import (
+    EngineError,
+    RequestDeadlineExceeded,
+    RequestFailed,
+    RequestOutOfMemory,
+)
 from salver.server.engine.request import (
     EngineRequest,
     FinishReason,
@@ -57,6 +62,8 @@ class ScoreSink:
         reason = output.finish_reason
         if reason is FinishReason.DEADLINE:
             self.fail(RequestDeadlineExceeded("the deadline passed before everything was scored"))
+        elif reason is FinishReason.MEMORY:
+            self.fail(RequestOutOfMemory(output.error))
         elif reason is FinishReason.ERROR:
             self.fail(RequestFailed(output.error or "the computation of the request failed"))
         elif reason is not None and len(self._logprobs) < self._wanted:
