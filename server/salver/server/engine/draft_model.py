@@ -78,6 +78,11 @@ class DraftModel:
             ]
         return [tuple(drafts[sequence]) for sequence, _ in wanted]
 
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks of its own cache that hold something of an unfinished sequence."""
+        return self._pool.num_used
+
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every block is free or owned by one sequence."""
         self._pool.check_integrity(cached.block_table for cached in self._cached.values())
