@@ -22,6 +22,7 @@ EXPECTED = (
     *("request_prefill_time_seconds_count", "request_decode_time_seconds_count"),
     *("prompt_tokens_total", "generation_tokens_total", "batch_tokens_count", "step_duration_seconds_count"),
     *("preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total"),
+    *("draft_tokens_total", "accepted_draft_tokens_total"),
     *("rejections_total", "request_success_total"),
 )
 

@@ -58,8 +58,8 @@ class FaultyRunner(BookkeepingRunner):
             raise OutOfMemory("no memory, as planned")
         result = super().execute(schedule)
         for item, row in zip(schedule.scheduled, result.rows, strict=True):
-            if item.sequence.request.request_id in simulation.poisoned and row.token_id is not None:
-                row.token_id, row.error = None, "not numbers, as planned"
+            if item.sequence.request.request_id in simulation.poisoned and row.token_ids:
+                row.token_ids, row.error = [], "not numbers, as planned"
         return result
 
 

@@ -49,8 +49,8 @@ class BookkeepingRunner:
         self.most_rows = max(self.most_rows, schedule.num_tokens)
         self.rows_computed += schedule.num_tokens
         for item in schedule.scheduled:
-            for position in range(item.start, item.start + item.num_tokens):
-                self.slots[self.slot(item.sequence.block_table, position)] = item.sequence.token_ids[position]
+            for position, token in enumerate(item.token_ids, item.start):
+                self.slots[self.slot(item.sequence.block_table, position)] = token
         rows = []
         for item in schedule.scheduled:
             sequence = item.sequence
@@ -58,7 +58,13 @@ class BookkeepingRunner:
             read = [self.slots[self.slot(sequence.block_table, p)] for p in range(end)]
             row = RowResult()
             if item.samples:
-                row.token_id = next_token(read, sequence.request.sampling.seed, sequence.sample_index)
+                seed, index = sequence.request.sampling.seed, sequence.sample_index
+                for guess in (*item.draft, None):
+                    row.token_ids.append(
+                        next_token(read[: len(read) - len(item.draft) + len(row.token_ids)], seed, index)
+                    )
+                    if row.token_ids[-1] != guess:
+                        break
             if sequence.request.prompt_top_k is not None:
                 first = max(item.start + 1, sequence.next_prompt_logprob)
                 last = min(end, sequence.num_prompt_tokens - 1)

@@ -255,7 +255,7 @@ class FailingRunner(BookkeepingRunner):
         result = super().execute(schedule)
         for item, row in zip(schedule.scheduled, result.rows, strict=True):
             if item.sequence.request.request_id == 1:
-                row.token_id, row.error = None, "broken"
+                row.token_ids, row.error = [], "broken"
         return result
 
 

@@ -19,10 +19,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOTS = [REPOSITORY / name for name in ("protos", "client", "model", "server")]
 ENGINE = "salver.server.engine"
-WORKER = tuple(f"{ENGINE}.{name}" for name in ("batch", "runner", "startup", "worker"))
+WORKER = tuple(f"{ENGINE}.{name}" for name in ("batch", "draft_model", "runner", "startup", "worker"))
 PURE = tuple(
     f"{ENGINE}.{name}"
-    for name in ("request", "config", "errors", "sequence", "blocks", "scheduler", "core", "inline")
+    for name in ("request", "config", "errors", "sequence", "blocks", "drafts", "scheduler", "core", "inline")
 )
 # Of salver.model, what the front process uses.
 MODEL_FRONT = tuple(

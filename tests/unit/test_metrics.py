@@ -53,6 +53,8 @@ class FakePage:
     preemptions: int = 7
     prefix_queries: int = 100
     prefix_hits: int = 40
+    draft_tokens: int = 50
+    accepted_draft_tokens: int = 30
 
 
 class FakeWorker:
@@ -103,6 +105,8 @@ def test_gauges_are_read_from_the_page_when_asked() -> None:
     assert value(metrics, "salver_preemptions_total") == 7
     assert value(metrics, "salver_prefix_cache_queries_total") == 100
     assert value(metrics, "salver_prefix_cache_hits_total") == 40
+    assert value(metrics, "salver_draft_tokens_total") == 50
+    assert value(metrics, "salver_accepted_draft_tokens_total") == 30
     assert value(metrics, "salver_worker_restarts_total") == 1
     assert 3 <= value(metrics, "salver_worker_page_age_seconds") < 60
 

@@ -49,6 +49,7 @@ def test_every_flag_changes_its_field() -> None:
         "numerics": "fast", "kernels": "torch", "threads": "3", "max_model_len": "7", "max_num_seqs": "4",
         "max_num_batched_tokens": "5", "kv_cache_memory": "6", "max_samples": "2", "max_queued_requests": "8",
         "max_queued_tokens": "9", "drain_period": "500ms", "log_level": "debug",
+        "speculation": "ngram", "speculative_model": "/d", "num_draft_tokens": "3",
     }  # fmt: skip
     default = parse_config(["m"], {})
     for field in dataclasses.fields(ServerConfig):
@@ -110,6 +111,29 @@ def test_no_model_and_one_port_for_both(capsys: pytest.CaptureFixture[str]) -> N
     assert "MODEL" in refused(capsys)
     assert "--metrics-port" in refused(capsys, "m", "--port", "9000", "--metrics-port", "9000")
     assert parse_config(["m", "--port", "0", "--metrics-port", "0"], {}).port == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--speculation", "draft"], "--speculation"),
+        (["--speculation", "off", "--speculative-model", "/d"], "--speculative-model"),
+        (["--speculation", "ngram", "--speculative-model", "/d"], "--speculative-model"),
+        (["--speculation", "off", "--num-draft-tokens", "3"], "--num-draft-tokens"),
+        (["--num-draft-tokens", "0"], "--num-draft-tokens"),
+    ],
+)
+def test_speculation_that_would_do_nothing(
+    capsys: pytest.CaptureFixture[str], flags: list[str], named: str
+) -> None:
+    assert f"argument {named}" in refused(capsys, "m", *flags)
+
+
+def test_a_speculative_model_is_used_unless_told_otherwise() -> None:
+    assert parse_config(["m"], {}).engine_config(Path("/c"), "").speculation in ("off", "ngram")
+    config = parse_config(["m", "--speculative-model", "/d"], {})
+    engine = config.engine_config(Path("/c"), "", speculative_checkpoint=Path("/d"))
+    assert (engine.speculation, engine.speculative_model) == ("draft", "/d")
 
 
 @pytest.mark.parametrize(("text", "port"), [("off", None), ("-1", None), ("0", 0), ("9091", 9091)])

@@ -9,7 +9,10 @@ import time
 
 from salver.server.engine.status_page import StatusPage
 
-COUNTERS = ["preemptions", "prefix_queries", "prefix_hits", "steps", "generated_tokens"]
+COUNTERS = [
+    "preemptions", "prefix_queries", "prefix_hits", "steps", "generated_tokens", "draft_tokens",
+    "accepted_draft_tokens",
+]  # fmt: skip
 GAUGES = ["num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total"]
 FIELDS = [*COUNTERS, *GAUGES, "progress"]
 

@@ -137,19 +137,44 @@ def served_name(config: ServerConfig) -> str:
 
 def find_checkpoint(config: ServerConfig) -> tuple[Path, str]:
     """The checkpoint's directory and the digest of its weights. Raises StartError."""
+    checkpoint = _resolve(config, config.model, "MODEL")
+    try:
+        return checkpoint, weights_digest(checkpoint, config.resolved_cache_dir)
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
+
+
+def find_speculative_checkpoint(config: ServerConfig, checkpoint: Path) -> Path | None:
+    """The draft model's directory, None where there is none. Raises StartError: also for other tokens."""
+    if config.speculative_model is None:
+        return None
+    found = _resolve(config, config.speculative_model, "--speculative-model")
+    try:
+        ours, theirs = (Tokenizer.from_directory(path) for path in (checkpoint, found))
+    except CheckpointError as error:
+        raise StartError(f"--speculative-model: {error}") from error
+    for index in range(max(ours.vocab_size, theirs.vocab_size)):
+        if ours.token(index) != theirs.token(index):
+            raise StartError(
+                f"--speculative-model {config.speculative_model}: its tokens are not the model's: "
+                f"token {index} is {theirs.token(index)!r}, not {ours.token(index)!r}"
+            )
+    return found
+
+
+def _resolve(config: ServerConfig, source: str, flag: str) -> Path:
+    """The directory of the checkpoint that `flag` names. Raises StartError."""
     cache = config.resolved_cache_dir
-    source = config.model
     try:
         if source in CATALOG and not Path(source).exists():
             source = str(fetch(source, cache, config.offline, _say))
         elif not Path(source).exists():
             raise StartError(
-                f"MODEL {source!r} is neither a catalog name ({', '.join(sorted(CATALOG))}) nor a checkpoint "
-                "directory nor a .gguf file"
+                f"{flag} {source!r} is neither a catalog name ({', '.join(sorted(CATALOG))}) nor a "
+                "checkpoint directory nor a .gguf file"
             )
         dtype = default_dtype_name(config.device) if config.dtype == "auto" else config.dtype
-        checkpoint = resolve_checkpoint(source, cache, dtype, _say)
-        return checkpoint, weights_digest(checkpoint, cache)
+        return resolve_checkpoint(source, cache, dtype, _say)
     except (CatalogError, CheckpointError) as error:
         raise StartError(str(error)) from error
 
@@ -273,11 +298,14 @@ class Application:
         phases.add("start the front", _process_age())
         with phases.phase("find the checkpoint"):
             checkpoint, digest = await _in_daemon_thread(lambda: find_checkpoint(self.config))
+            draft = await _in_daemon_thread(lambda: find_speculative_checkpoint(self.config, checkpoint))
         with phases.phase("find the kernel"):
             library, reason = await _in_daemon_thread(lambda: find_kernel(self.config))
         started = time.monotonic()
         self.engine = EngineProcess(
-            self.config.engine_config(checkpoint, digest, kernel_library=library, no_kernel=reason),
+            self.config.engine_config(
+                checkpoint, digest, kernel_library=library, no_kernel=reason, speculative_checkpoint=draft
+            ),
             on_step=self.metrics.step,
             on_state=self._on_engine_state,
         )

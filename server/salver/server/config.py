@@ -19,6 +19,7 @@ import configargparse
 
 from salver.server.engine.config import EngineConfig
 
+DEFAULT_DRAFT_TOKENS = 8
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -184,6 +185,20 @@ class ServerConfig:
     prefix_caching: bool = _flag(True, "Batching", "do not reuse the computed prefixes of earlier requests",
                                  negated=True)  # fmt: skip
 
+    speculation: str = _flag(
+        "auto", "Speculation", "check guesses at the next tokens, several in a step; answers stay the same. "
+        "ngram: what followed the last tokens when they came before; draft: what --speculative-model says; "
+        "auto: draft where that is given, else ngram", choices=("auto", "off", "ngram", "draft"),
+    )  # fmt: skip
+    speculative_model: str | None = _flag(
+        None, "Speculation", "a smaller model with the same tokens, named as MODEL is", metavar="MODEL",
+        shown="none",
+    )  # fmt: skip
+    num_draft_tokens: int | None = _flag(
+        None, "Speculation", "most guesses checked in a step for each sequence; fewer where they do not pay",
+        parse=_integer(1, 64), metavar="N", shown=str(DEFAULT_DRAFT_TOKENS),
+    )  # fmt: skip
+
     max_samples: int = _flag(
         16,
         "Limits",
@@ -216,8 +231,21 @@ class ServerConfig:
     def resolved_metrics_host(self) -> str:
         return self.host if self.metrics_host is None else self.metrics_host
 
+    @property
+    def resolved_speculation(self) -> str:
+        """off, ngram or draft."""
+        if self.speculation != "auto":
+            return self.speculation
+        return "draft" if self.speculative_model is not None else "ngram"
+
     def engine_config(
-        self, checkpoint: Path, weights_digest: str, *, kernel_library: str = "", no_kernel: str = ""
+        self,
+        checkpoint: Path,
+        weights_digest: str,
+        *,
+        kernel_library: str = "",
+        no_kernel: str = "",
+        speculative_checkpoint: Path | None = None,
     ) -> EngineConfig:
         """What of it the worker needs; the native kernel's path, or why there is none."""
         return EngineConfig(
@@ -236,6 +264,9 @@ class ServerConfig:
             enable_prefix_caching=self.prefix_caching,
             weights_digest=weights_digest,
             check_integrity=self.check_integrity,
+            speculation=self.resolved_speculation,
+            num_draft_tokens=self.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
+            speculative_model=str(speculative_checkpoint or ""),
         )
 
 
@@ -303,7 +334,19 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) 
             "MODEL is missing: name a catalog model (smollm2), a checkpoint directory or a .gguf file"
         )
     config = ServerConfig(**values)
+    _check_speculation(config, parser)
     same_host = config.resolved_metrics_host == config.host
     if config.port and config.metrics_port == config.port and same_host:
         parser.error(f"argument --metrics-port: {config.port} is the gRPC port (--port) already")
     return config
+
+
+def _check_speculation(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:
+    """No flag that would do nothing."""
+    kind = config.resolved_speculation
+    if kind == "draft" and config.speculative_model is None:
+        parser.error("argument --speculation: draft needs a --speculative-model")
+    if kind != "draft" and config.speculative_model is not None:
+        parser.error(f"argument --speculative-model: does nothing with --speculation {kind}")
+    if kind == "off" and config.num_draft_tokens is not None:
+        parser.error("argument --num-draft-tokens: does nothing with --speculation off")

@@ -55,6 +55,10 @@ class Page(Protocol):
     def prefix_queries(self) -> int: ...
     @property
     def prefix_hits(self) -> int: ...
+    @property
+    def draft_tokens(self) -> int: ...
+    @property
+    def accepted_draft_tokens(self) -> int: ...
 
 
 class WorkerView(Protocol):
@@ -108,6 +112,14 @@ class WorkerCollector(Collector):
         )
         yield counter(
             "prefix_cache_hits", "Prompt tokens found in the prefix cache.", page.prefix_hits if page else 0
+        )
+        yield counter(
+            "draft_tokens", "Guesses at next tokens that steps checked.", page.draft_tokens if page else 0
+        )
+        yield counter(
+            "accepted_draft_tokens",
+            "Guesses at next tokens that were right.",
+            page.accepted_draft_tokens if page else 0,
         )
         yield counter("worker_restarts", "Worker processes started anew.", worker.restarts if worker else 0)
 

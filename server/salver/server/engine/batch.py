@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 
 from salver.model.attention import AttentionBatch
-from salver.server.engine.scheduler import Scheduled
+
+
+@dataclass(slots=True)
+class Part:
+    """Consecutive tokens of one sequence, the first at position `start`, and the sequence's blocks."""
+
+    token_ids: list[int]
+    start: int
+    block_table: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
 
 
 @dataclass(slots=True)
@@ -18,13 +30,11 @@ class Batch:
     token_ids: Tensor  # int64 [N]
     positions: Tensor  # int64 [N]
     attention: AttentionBatch
-    first_rows: list[int]  # where each scheduled part begins among the rows
+    first_rows: list[int]  # where each part begins among the rows
 
 
-def build_batch(
-    scheduled: list[Scheduled], block_size: int, *, row_multiple: int, device: torch.device
-) -> Batch:
-    """Lays the scheduled parts one after the other.
+def build_batch(parts: list[Part], block_size: int, *, row_multiple: int, device: torch.device) -> Batch:
+    """Lays the parts one after the other.
 
     The number of rows is padded to `row_multiple`, which makes products give each row the
     same bits whatever stands beside it; padding rows write to the null block.
@@ -33,27 +43,24 @@ def build_batch(
     positions: list[int] = []
     slots: list[int] = []
     bounds = [0]
-    for item in scheduled:
-        sequence, start, end = item.sequence, item.start, item.start + item.num_tokens
-        token_ids += sequence.token_ids[start:end]
-        positions += range(start, end)
-        table = sequence.block_table
-        slots += [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
+    for part in parts:
+        token_ids += part.token_ids
+        positions += range(part.start, part.end)
+        table = part.block_table
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(part.start, part.end)]
         bounds.append(len(token_ids))
     padding = -len(token_ids) % row_multiple
     token_ids += [0] * padding
     positions += [0] * padding
     slots += [i % block_size for i in range(padding)]
-    widest = max(len(item.sequence.block_table) for item in scheduled)
-    tables = [
-        item.sequence.block_table + [0] * (widest - len(item.sequence.block_table)) for item in scheduled
-    ]
+    widest = max(len(part.block_table) for part in parts)
+    tables = [part.block_table + [0] * (widest - len(part.block_table)) for part in parts]
     return Batch(
         torch.tensor(token_ids, device=device),
         torch.tensor(positions, device=device),
         AttentionBatch(
             cu_seqlens_q=bounds,
-            seq_lens=[item.start + item.num_tokens for item in scheduled],
+            seq_lens=[part.end for part in parts],
             block_tables=torch.tensor(tables, device=device),
             slot_mapping=torch.tensor(slots, device=device),
         ),

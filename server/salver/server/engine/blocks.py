@@ -98,6 +98,14 @@ class BlockPool:
             if self._ref_counts[block] == 0:
                 self._append(block)
 
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Returns blocks that were taken and hold nothing of worth: the next to be taken again."""
+        for block in reversed(blocks):
+            if self._ref_counts[block] != 1 or self._digests[block] is not None:
+                raise IntegrityError(f"block {block} has other owners or is cached")
+            self._ref_counts[block] = 0
+            self._prepend(block)
+
     def lookup(self, digests: Iterable[bytes]) -> list[int]:
         """The blocks of the longest cached prefix; they are not owned until shared."""
         found: list[int] = []
@@ -161,6 +169,12 @@ class BlockPool:
         last = self._previous[NULL_BLOCK]
         self._next[last], self._previous[block] = block, last
         self._next[block], self._previous[NULL_BLOCK] = NULL_BLOCK, block
+        self.num_free += 1
+
+    def _prepend(self, block: int) -> None:
+        first = self._next[NULL_BLOCK]
+        self._previous[first], self._next[block] = block, first
+        self._next[NULL_BLOCK], self._previous[block] = block, NULL_BLOCK
         self.num_free += 1
 
     def _forget(self, block: int) -> None:

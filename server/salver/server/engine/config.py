@@ -30,3 +30,6 @@ class EngineConfig:
     priority_interval: float = 1.0  # seconds of waiting that one priority level is worth
     weights_digest: str = ""
     check_integrity: bool = False  # after every step, for tests
+    speculation: str = "off"  # off | ngram | draft
+    num_draft_tokens: int = 4  # at most, for each sequence in a step
+    speculative_model: str = ""  # for draft: its checkpoint directory

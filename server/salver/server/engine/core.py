@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from salver.server.engine.blocks import BlockPool
+from salver.server.engine.drafts import Speculation
 from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.request import (
     EngineRequest,
@@ -28,8 +29,9 @@ from salver.server.engine.sequence import Sequence
 class RowResult:
     """What the model gave for one scheduled part."""
 
-    token_id: int | None = None  # the token chosen, if the part ended at the newest token
-    logprobs: Logprobs | None = None
+    # The tokens chosen, if the part reached the newest token: one more than the drafts that were right.
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] | None = None  # one per token, when asked for
     prompt_logprobs: list[Logprobs] | None = None
     error: str = ""  # this sequence alone failed
     out_of_memory: bool = False  # because it alone does not fit
@@ -79,7 +81,14 @@ class _Pending:
 class EngineCore:
     """Requests in, step messages out."""
 
-    def __init__(self, runner: Runner, limits: EngineLimits, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: EngineLimits,
+        *,
+        clock: Callable[[], float],
+        speculation: Speculation | None = None,
+    ) -> None:
         self.limits = limits
         self.pool = BlockPool(
             limits.num_blocks, limits.block_size, enable_prefix_caching=limits.enable_prefix_caching
@@ -90,6 +99,7 @@ class EngineCore:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             tokens_for_one=limits.tokens_for_one,
             priority_interval=limits.priority_interval,
+            speculation=speculation,
         )
         self.steps = 0
         self.generated_tokens = 0
@@ -203,21 +213,26 @@ class EngineCore:
 
     def _advance_and_tell(self, item: Scheduled, row: RowResult, now: float) -> None:
         sequence = item.sequence
-        self.scheduler.advance(item)
         reason: FinishReason | None = None
         token_ids: list[int] = []
-        if row.token_id is not None:
-            token_ids.append(row.token_id)
-            sequence.token_ids.append(row.token_id)
+        for token_id in row.token_ids:
+            token_ids.append(token_id)
+            sequence.token_ids.append(token_id)
+            reason = sequence.finish_reason_after(token_id)
+            if reason is not None:
+                break  # what a draft guessed behind the end was never asked for
+        self.scheduler.advance(item, max(0, len(token_ids) - 1))
+        if token_ids:
             sequence.last_token = now
             if sequence.first_token is None:
                 sequence.first_token = now
-            self.generated_tokens += 1
-            reason = sequence.finish_reason_after(row.token_id)
+            self.generated_tokens += len(token_ids)
         elif not sequence.generates and sequence.num_computed_tokens == sequence.num_tokens:
             sequence.first_token = sequence.last_token = now
             reason = FinishReason.LENGTH
-        logprobs = [row.logprobs] if row.logprobs else None
+        if item.draft and self.scheduler.speculation is not None:
+            self.scheduler.speculation.checked(sequence, len(item.draft), len(row.token_ids) - 1)
+        logprobs = row.logprobs[: len(token_ids)] if row.logprobs else None
         if reason is not None:
             self._finish(sequence, reason, token_ids, logprobs, row.prompt_logprobs)
         elif token_ids or row.prompt_logprobs:

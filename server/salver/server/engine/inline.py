@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from salver.server.engine.core import EngineCore, EngineLimits, Runner
+from salver.server.engine.drafts import Speculation
 from salver.server.engine.request import EngineRequest, SequenceOutput, StepMessage
 
 
@@ -20,8 +21,15 @@ class Sink(Protocol):
 class InlineEngine:
     """Submits to an `EngineCore` and hands its outputs round after every `step()`."""
 
-    def __init__(self, runner: Runner, limits: EngineLimits, *, clock: Callable[[], float]) -> None:
-        self.core = EngineCore(runner, limits, clock=clock)
+    def __init__(
+        self,
+        runner: Runner,
+        limits: EngineLimits,
+        *,
+        clock: Callable[[], float],
+        speculation: Speculation | None = None,
+    ) -> None:
+        self.core = EngineCore(runner, limits, clock=clock, speculation=speculation)
         self._sinks: dict[int, Sink] = {}
         self._unfinished: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Computes a step on the device: batch, forward pass, sampling, log-probabilities."""
+"""Computes a step on the device: batch, forward pass, sampling, checking of drafts, log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from salver.model.attention import AttentionBatch
 from salver.model.cache import KVCache
-from salver.model.sampling import SamplingRow, TokenLogprobs, sample, token_logprobs
+from salver.model.sampling import INVALID, SamplingRow, TokenLogprobs, sample, token_logprobs
 from salver.model.transformer import Decoder
-from salver.server.engine.batch import build_batch
+from salver.server.engine.batch import Part, build_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.request import Logprobs
@@ -59,16 +59,21 @@ class ModelRunner:
     def _compute(self, schedule: Schedule) -> StepResult:
         if schedule.copies:
             self.cache.copy_blocks(schedule.copies)
-        batch = build_batch(
-            schedule.scheduled, self.block_size, row_multiple=self.row_multiple, device=self.device
-        )
+        parts = [Part(item.token_ids, item.start, item.sequence.block_table) for item in schedule.scheduled]
+        batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)
         results = [RowResult() for _ in schedule.scheduled]
         model_begin = time.perf_counter()
         hidden = self.model(
             batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress
         )
         sampling = [i for i, item in enumerate(schedule.scheduled) if item.samples]
-        logits = self._logits(hidden, [batch.attention.cu_seqlens_q[i + 1] - 1 for i in sampling])
+        ends = batch.attention.cu_seqlens_q
+        rows = [
+            row
+            for i in sampling
+            for row in range(ends[i + 1] - 1 - len(schedule.scheduled[i].draft), ends[i + 1])
+        ]
+        logits = self.logits(hidden, rows)
         model_duration = time.perf_counter() - model_begin
         self._sample(schedule, sampling, logits, results)
         for item, first_row, result in zip(schedule.scheduled, batch.first_rows, results, strict=True):
@@ -76,7 +81,7 @@ class ModelRunner:
                 self._prompt_logprobs(item, hidden, first_row, result)
         return StepResult(results, model_duration)
 
-    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+    def logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """float32 [len(rows), vocab] of these rows of hidden [N, hidden_size]."""
         if not rows:
             return hidden.new_empty((0, self.model.spec.vocab_size), dtype=torch.float32)
@@ -87,28 +92,32 @@ class ModelRunner:
     def _sample(
         self, schedule: Schedule, sampling: list[int], logits: Tensor, results: list[RowResult]
     ) -> None:
+        """Chooses a token after each sequence's newest one and after each of its drafts, [R] rows in all.
+
+        The token after a draft counts if the draft is the token that was chosen in its place.
+        """
         if not sampling:
             return
-        sequences = [schedule.scheduled[i].sequence for i in sampling]
-        token_ids = sample(logits, [_sampling_row(sequence) for sequence in sequences])
-        for i, token_id in zip(sampling, token_ids, strict=True):
-            if token_id < 0:
-                results[i].error = "the model's logits are not numbers"
-            else:
-                results[i].token_id = token_id
-        wanted = [
-            row
-            for row, sequence in enumerate(sequences)
-            if sequence.request.output_top_k is not None and token_ids[row] >= 0
-        ]
+        items = [schedule.scheduled[i] for i in sampling]
+        chosen = sample(logits, [row for item in items for row in sampling_rows(item.sequence, item.draft)])
+        wanted: list[tuple[int, int]] = []  # rows of logits, and how many log-probabilities
+        asking: list[RowResult] = []
+        first_row = 0
+        for i, item in zip(sampling, items, strict=True):
+            result, num_rows = results[i], len(item.draft) + 1
+            result.token_ids = agreed(chosen[first_row : first_row + num_rows], item.draft)
+            if not result.token_ids:
+                result.error = "the model's logits are not numbers"
+            elif (top_k := item.sequence.request.output_top_k) is not None:
+                wanted += [(first_row + row, top_k) for row in range(len(result.token_ids))]
+                asking.append(result)
+            first_row += num_rows
         if wanted:
-            found = token_logprobs(
-                logits[wanted],
-                [token_ids[row] for row in wanted],
-                [sequences[row].request.output_top_k or 0 for row in wanted],
-            )
-            for row, logprobs in zip(wanted, found, strict=True):
-                results[sampling[row]].logprobs = _logprobs(logprobs)
+            rows = [row for row, _ in wanted]
+            found = token_logprobs(logits[rows], [chosen[row] for row in rows], [k for _, k in wanted])
+            told = iter(found)
+            for result in asking:
+                result.logprobs = [_logprobs(next(told)) for _ in result.token_ids]
 
     def _prompt_logprobs(self, item: Scheduled, hidden: Tensor, first_row: int, result: RowResult) -> None:
         """Row p's logits score the token at p + 1; each position is told once, also after a preemption."""
@@ -121,7 +130,7 @@ class ModelRunner:
         top_k = sequence.request.prompt_top_k or 0
         for begin in range(first, last + 1, LOGPROB_ROWS):
             positions = range(begin, min(begin + LOGPROB_ROWS, last + 1))
-            logits = self._logits(hidden, [first_row + p - 1 - item.start for p in positions])
+            logits = self.logits(hidden, [first_row + p - 1 - item.start for p in positions])
             if not bool(torch.isfinite(logits).any(dim=-1).all()):
                 result.error = "the model's logits are not numbers"
                 return
@@ -130,6 +139,18 @@ class ModelRunner:
             result.prompt_logprobs += [_logprobs(logprobs) for logprobs in found]
             if self._on_progress:
                 self._on_progress()
+
+    @torch.inference_mode()
+    def measure_decode(self, num_sequences: int) -> float:
+        """Seconds of a step in which so many sequences choose a token, all in the null block."""
+        parts = [Part([0], 0, [0]) for _ in range(num_sequences)]
+        batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)
+        begin = time.perf_counter()
+        hidden = self.model(
+            batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress
+        )
+        self.logits(hidden, list(range(num_sequences))).argmax(dim=-1).tolist()  # waits for the device
+        return time.perf_counter() - begin
 
     @torch.inference_mode()
     def measure_prefill(self, num_tokens: int) -> float:
@@ -146,7 +167,7 @@ class ModelRunner:
         positions = torch.arange(num_tokens, device=self.device)
         begin = time.perf_counter()
         hidden = self.model(token_ids, positions, self.cache, attention, on_layer=self._on_progress)
-        self._logits(hidden, [0]).argmax().item()  # the read waits for the device
+        self.logits(hidden, [0]).argmax().item()  # the read waits for the device
         return num_tokens / (time.perf_counter() - begin)
 
 
@@ -155,25 +176,45 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _sampling_row(sequence: Sequence) -> SamplingRow:
+def sampling_rows(sequence: Sequence, draft: tuple[int, ...] = ()) -> list[SamplingRow]:
+    """How the tokens after the newest one and after each draft are chosen: as if they stood there."""
     request = sequence.request
     sampling, stopping = request.sampling, request.stopping
-    banned = stopping.stop_token_ids if sequence.num_output_tokens < stopping.min_tokens else ()
-    return SamplingRow(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        logit_bias=sampling.logit_bias,
-        seed=sampling.seed,
-        sample_index=sequence.sample_index,
-        prompt_token_ids=request.prompt_token_ids,
-        output_token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
-        banned_token_ids=banned,
-    )
+    output = [*sequence.token_ids[sequence.num_prompt_tokens :], *draft]
+    first = sequence.num_output_tokens
+    return [
+        SamplingRow(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=sampling.logit_bias,
+            seed=sampling.seed,
+            sample_index=sequence.sample_index,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=output[:length],
+            banned_token_ids=stopping.stop_token_ids if length < stopping.min_tokens else (),
+        )
+        for length in range(first, len(output) + 1)
+    ]
+
+
+def agreed(chosen: list[int], draft: tuple[int, ...]) -> list[int]:
+    """The tokens chosen up to the first that is not its draft, which is the last one that counts.
+
+    One that could not be chosen ends them too: the next step meets it again, as its first.
+    """
+    token_ids: list[int] = []
+    for i, token_id in enumerate(chosen):
+        if token_id == INVALID:
+            break
+        token_ids.append(token_id)
+        if draft[i : i + 1] != (token_id,):
+            break
+    return token_ids
 
 
 def _logprobs(found: TokenLogprobs) -> Logprobs:

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from salver.server.engine.blocks import BlockPool
+from salver.server.engine.drafts import Speculation
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
 from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus
 
@@ -35,16 +36,26 @@ STRETCH = 3
 
 @dataclass(slots=True)
 class Scheduled:
-    """Tokens `start : start + num_tokens` of a sequence are computed in this step."""
+    """Tokens `start : start + num_tokens` of a sequence are computed in this step.
+
+    The last of them can be drafts: guesses at what follows its newest token, checked in this step.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
-        """Whether its last row is the sequence's newest token, so that the next one can be chosen."""
-        return self.sequence.generates and self.start + self.num_tokens == self.sequence.num_tokens
+        """Whether it reaches the sequence's newest token, so that the next one can be chosen."""
+        reached = self.start + self.num_tokens - len(self.draft)
+        return self.sequence.generates and reached == self.sequence.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute, drafts last."""
+        return [*self.sequence.token_ids[self.start : self.start + self.num_tokens], *self.draft]
 
 
 @dataclass(slots=True)
@@ -71,6 +82,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         tokens_for_one: int = 0,
         priority_interval: float = 1.0,
+        speculation: Speculation | None = None,
     ) -> None:
         """`tokens_for_one` is how many tokens a step computes in about the time of one; 0: prompts
         have the whole budget also while others decode. Raises ValueError for too small a budget."""
@@ -84,6 +96,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.tokens_for_one = tokens_for_one
         self.priority_interval = priority_interval
+        self.speculation = speculation
         self.running: list[Sequence] = []  # sorted by key, best first
         self.num_waiting = 0
         self.preemptions = 0
@@ -164,14 +177,24 @@ class Scheduler:
         budget, preempted = self._schedule_running(schedule)
         if not preempted:
             self._schedule_waiting(schedule, budget, now)
+        if self.speculation is not None:
+            self._schedule_drafts(schedule, self.speculation)
         schedule.copies, self._copies = self._copies, []
         return schedule
 
-    def advance(self, item: Scheduled) -> None:
-        """Records that a scheduled part is computed: full blocks become findable, samples fork."""
+    def advance(self, item: Scheduled, num_accepted: int = 0) -> None:
+        """Records that a scheduled part is computed: full blocks become findable, samples fork.
+
+        Of its drafts the first `num_accepted` are tokens of the sequence now. The others were never
+        there: their slots are written again, and blocks taken for them alone go back.
+        """
         sequence = item.sequence
-        sequence.num_computed_tokens = item.start + item.num_tokens
+        sequence.num_computed_tokens = item.start + item.num_tokens - len(item.draft) + num_accepted
         size = self.pool.block_size
+        if item.draft:
+            needed = self.pool.blocks_for(sequence.num_tokens)
+            self.pool.give_back(sequence.block_table[needed:])
+            del sequence.block_table[needed:]
         full = sequence.num_computed_tokens // size
         if full > sequence.num_registered_blocks:
             digests = sequence.digests(size, full * size)
@@ -208,6 +231,8 @@ class Scheduler:
         heapq.heappush(self._waiting, (sequence.key, sequence))
 
     def _release(self, sequence: Sequence) -> None:
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
         self.pool.free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
@@ -268,6 +293,25 @@ class Scheduler:
             num_tokens = min(sequence.num_tokens - start, budget)
             schedule.scheduled.append(Scheduled(sequence, start, num_tokens))
             budget -= num_tokens
+
+    def _schedule_drafts(self, schedule: Schedule, speculation: Speculation) -> None:
+        """Adds drafts to what samples in this step, out of the budget and the blocks that nobody wants."""
+        items = [item for item in schedule.scheduled if item.samples]
+        num_rows = schedule.num_tokens
+        budget = self.max_num_batched_tokens - num_rows
+        if not items or budget <= 0:
+            return
+        # A step gives one token more than its accepted drafts.
+        rooms = [
+            (s, s.request.stopping.max_tokens - s.num_output_tokens - 1) for s in (i.sequence for i in items)
+        ]
+        for item, draft in zip(items, speculation.drafts(rooms, num_rows, budget), strict=True):
+            table = item.sequence.block_table
+            end = item.start + item.num_tokens
+            missing = self.pool.blocks_for(end + len(draft)) - len(table)
+            table += self.pool.allocate(max(0, min(missing, self.pool.num_free)))
+            item.draft = draft[: len(table) * self.pool.block_size - end]
+            item.num_tokens += len(item.draft)
 
     def _best_waiting(self) -> Sequence | None:
         while self._waiting:

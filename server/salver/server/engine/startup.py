@@ -17,6 +17,8 @@ from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, Transformer
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
+from salver.server.engine.draft_model import DraftModel
+from salver.server.engine.drafts import PromptLookup, Speculation, StepCosts
 from salver.server.engine.request import Ready
 from salver.server.engine.runner import ModelRunner
 from salver.server.engine.status_page import StatusPage
@@ -28,6 +30,7 @@ CPU_CACHE_BYTES = 192 << 20  # at least, and enough for one whole context
 STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
 WARM_UP_TOKENS = 128
 WARM_UP_RUNS = 3
+COST_ROWS = (1, 2, 4, 8, 16, 32, 64)  # steps of so many sequences are timed, to know what a draft costs
 
 
 class StartError(Exception):
@@ -45,14 +48,10 @@ def start_engine(
     device = _device(config)
     threads = _threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    try:
-        model = load_model(Path(config.checkpoint), device=device, dtype=dtype, numerics=config.numerics)
-    except CheckpointError as error:
-        raise StartError(str(error)) from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
-    timer.done("load weights")
+    model = _load(config, config.checkpoint, device, dtype)
     spec = model.spec
+    draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
+    timer.done("load weights")
     max_model_len = _max_model_len(config, spec)
     block_size = config.block_size or BLOCK_SIZE
     max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
@@ -77,6 +76,9 @@ def start_engine(
             "every running sequence computes a token a step"
         )
     timer.done("warm up")
+    speculation = _speculation(config, runner, draft, num_blocks, threads, budget)
+    if speculation is not None:
+        timer.done("time steps")
     limits = EngineLimits(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -110,7 +112,62 @@ def start_engine(
         max_num_batched_tokens=budget,
         phases=tuple(phases),
     )
-    return EngineCore(runner, limits, clock=time.monotonic), ready
+    return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
+
+
+def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+    try:
+        return load_model(Path(checkpoint), device=device, dtype=dtype, numerics=config.numerics)
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
+
+
+def _load_draft(
+    config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype
+) -> Transformer:
+    """The draft model, whose tokens must be the model's own."""
+    try:
+        draft = _load(config, config.speculative_model, device, dtype)
+    except StartError as error:
+        raise StartError(f"--speculative-model: {error}") from error
+    if draft.spec.vocab_size != spec.vocab_size:
+        raise StartError(
+            f"--speculative-model {config.speculative_model}: its vocabulary has {draft.spec.vocab_size} "
+            f"tokens, the model's {spec.vocab_size}; they must be the same"
+        )
+    return draft
+
+
+def _speculation(
+    config: EngineConfig,
+    runner: ModelRunner,
+    draft: Transformer | None,
+    num_blocks: int,
+    threads: int,
+    budget: int,
+) -> Speculation | None:
+    if config.speculation == "off":
+        return None
+    drafter: PromptLookup | DraftModel = PromptLookup()
+    if draft is not None:
+        dtype, size = draft.dtype, runner.block_size
+        try:
+            cache = KVCache(draft.spec, num_blocks, size, dtype=dtype, device=draft.device)
+        except (MemoryError, RuntimeError) as error:
+            raise StartError(f"--speculative-model: its cache could not be allocated: {error}") from error
+        decoder, kernels = _decoder(config, draft, cache, threads)
+        multiple = 1 if kernels == "native" else runner.row_multiple
+        small = ModelRunner(decoder, cache, block_size=size, row_multiple=multiple)
+        drafter = DraftModel(small, _step_costs(small, budget), max_tokens=budget)
+    return Speculation(drafter, _step_costs(runner, budget), max_drafts=config.num_draft_tokens)
+
+
+def _step_costs(runner: ModelRunner, budget: int) -> StepCosts:
+    rows = [n for n in COST_ROWS if n <= budget]
+    # The better of two: the first also warms up.
+    return StepCosts([(n, min(runner.measure_decode(n) for _ in range(2))) for n in rows])
 
 
 class _PhaseTimer:

@@ -25,8 +25,13 @@ _FIELDS = (
     "prefix_hits",
     "steps",
     "generated_tokens",
+    "draft_tokens",
+    "accepted_draft_tokens",
 )
-_COUNTERS = ("preemptions", "prefix_queries", "prefix_hits", "steps", "generated_tokens")
+_COUNTERS = (
+    "preemptions", "prefix_queries", "prefix_hits", "steps", "generated_tokens", "draft_tokens",
+    "accepted_draft_tokens",
+)  # fmt: skip
 _GAUGES = ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total")
 _SIZE = mmap.PAGESIZE
 
@@ -75,6 +80,8 @@ class StatusPage:
     prefix_hits = _Count()  # of them, found
     steps = _Count()
     generated_tokens = _Count()
+    draft_tokens = _Count()  # guesses at next tokens that steps checked
+    accepted_draft_tokens = _Count()  # of them, right
 
     def __init__(self, fd: int) -> None:
         """Maps `fd` and owns it from now on."""

@@ -99,6 +99,9 @@ def publish(page: StatusPage, core: EngineCore) -> None:
     page.prefix_hits = scheduler.prefix_hits
     page.steps = core.steps
     page.generated_tokens = core.generated_tokens
+    if scheduler.speculation is not None:
+        page.draft_tokens = scheduler.speculation.num_drafts
+        page.accepted_draft_tokens = scheduler.speculation.num_accepted
     page.bump()
 
 
