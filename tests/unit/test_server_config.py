@@ -45,7 +45,7 @@ def test_every_flag_changes_its_field() -> None:
     words = {
         "served_name": "n", "cache_dir": "/c", "host": "::1", "port": "1", "metrics_host": "::",
         "metrics_port": "2", "max_message_size": "1MiB", "max_connection_age": "1m", "device": "cpu",
-        "dtype": "float32",
+        "dtype": "float32", "quantization": "int8",
         "numerics": "fast", "kernels": "torch", "threads": "3", "max_model_len": "7", "max_num_seqs": "4",
         "max_num_batched_tokens": "5", "kv_cache_memory": "6", "max_samples": "2", "max_queued_requests": "8",
         "max_queued_tokens": "9", "drain_period": "500ms", "log_level": "debug",

@@ -154,6 +154,7 @@ def from_model(model: model_pb2.Model) -> Model:
         vocab_size=model.vocab_size,
         num_parameters=model.num_parameters,
         dtype=model.dtype,
+        quantization=model.quantization,
         eos_token_ids=tuple(model.eos_token_ids),
         bos_token_id=model.bos_token_id if model.HasField("bos_token_id") else None,
         weights_digest=model.weights_digest,

@@ -175,6 +175,7 @@ class Model:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     weights_digest: str
+    quantization: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -338,6 +338,7 @@ class Application:
     def _describe(self, ready: Ready, limits: RequestLimits) -> None:
         log_event(
             _log, logging.INFO, "ready", model=self.name, device=ready.device, dtype=ready.dtype,
+            quantization=ready.quantization,
             kernels=ready.kernels, numerics_id=ready.numerics_id, parameters=ready.num_parameters,
             max_model_len=ready.max_model_len, max_num_seqs=ready.max_num_seqs,
             max_num_batched_tokens=ready.max_num_batched_tokens,

@@ -152,6 +152,11 @@ class ServerConfig:
     dtype: str = _flag(
         "auto", "Compute", "type of weights and cache", choices=("auto", "float32", "bfloat16", "float16")
     )
+    quantization: str = _flag(
+        "none", "Compute", "int8: weights and what they multiply in 8 bits, by column and by token: smaller "
+        "and faster than bfloat16, some quality lost (docs/performance.md); wants the native kernel",
+        choices=("none", "int8"),
+    )  # fmt: skip
     numerics: str = _flag(
         "exact", "Compute", "exact: an answer does not depend on what else is in the batch; fast: it may",
         choices=("exact", "fast"),
@@ -252,6 +257,7 @@ class ServerConfig:
             checkpoint=str(checkpoint),
             device=self.device,
             dtype=self.dtype,
+            quantization=self.quantization,
             numerics=self.numerics,
             kernels=self.kernels,
             kernel_library=kernel_library,

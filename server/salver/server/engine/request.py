@@ -147,6 +147,7 @@ class Ready:
     max_num_seqs: int
     max_num_batched_tokens: int
     phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
+    quantization: str = "none"  # of the weights: none | int8
 
 
 @dataclass(frozen=True, slots=True)

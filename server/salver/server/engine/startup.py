@@ -93,12 +93,14 @@ def start_engine(
     ready = Ready(
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
+        quantization=config.quantization,
         torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
         kernels=kernels,
         numerics_id=numerics_id(
             device,
             dtype,
             weights_digest=config.weights_digest,
+            quantization=config.quantization,
             numerics=config.numerics,
             threads=threads,
             row_multiple=multiple,
@@ -207,7 +209,10 @@ def _threads(config: EngineConfig) -> int:
 
 def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
+    quantized = config.quantization != "none"
     if config.kernels == "torch":
+        if quantized:
+            raise StartError(f"--quantization {config.quantization}: it needs --kernels native or auto")
         return model, "torch"
     try:
         if not config.kernel_library:
@@ -218,10 +223,16 @@ def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: 
 
         library = Library(Path(config.kernel_library))
         precision = Precision.FLOAT32 if model.dtype == torch.float32 else Precision.BFLOAT16
+        if quantized:
+            precision = Precision[config.quantization.upper()]
         return NativeTransformer(model, cache, library, precision=precision, threads=threads), "native"
     except KernelUnavailable as error:
         if config.kernels == "native":
             raise StartError(f"--kernels native: {error}") from error
+        if quantized:
+            raise StartError(
+                f"--quantization {config.quantization} needs the native kernel: {error}"
+            ) from error
         return model, f"torch ({error})"
 
 

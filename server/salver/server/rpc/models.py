@@ -32,6 +32,7 @@ def model_message(model: ServedModel) -> model_pb2.Model:
         vocab_size=model.limits.vocab_size,
         num_parameters=model.ready.num_parameters,
         dtype=model.ready.dtype,
+        quantization=model.ready.quantization,
         eos_token_ids=model.tokenizer.eos_token_ids,
         bos_token_id=model.tokenizer.bos_token_id,
         weights_digest=model.weights_digest,

@@ -14,6 +14,7 @@
 namespace salver {
 
 constexpr int PANEL = 32;
+constexpr int AHEAD = 2048;  // bytes of a panel that are asked for before their time
 constexpr int MAX_ROWS = 12;  // 12 x 2 accumulators, 2 of W, 1 of x: 27 of 32 registers
 
 struct Float {
@@ -115,63 +116,92 @@ struct Gemm {
     Epilogue epilogue;
 };
 
-template <typename T, int ROWS>
+// What was accumulated for a row in a panel, scaled and handed on.
+template <typename T>
+void finish_row(const Gemm& g, int row, int panel, const typename T::Acc (&acc)[2]) {
+    if constexpr (T::STEP == 4) {
+        const __m512i sum = _mm512_set1_epi32(g.row_sum[row]);
+        const __m512 scale = _mm512_set1_ps(g.row_scale[row]);
+        const float* columns = g.column_scale + panel * PANEL;
+        auto scaled = [&](__m512i value, const float* of) {
+            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(value, sum)),
+                                 _mm512_mul_ps(scale, _mm512_loadu_ps(of)));
+        };
+        g.epilogue.apply(row, panel, scaled(acc[0], columns), scaled(acc[1], columns + LANES));
+    } else {
+        g.epilogue.apply(row, panel, acc[0], acc[1]);
+    }
+}
+
+// ROWS rows of PANELS panels. Few rows take several panels at once: each accumulator waits for its last
+// instruction (7 cycles), so a row alone with its two would leave the multiplier idle. Bits don't change:
+// an accumulator's own walk is the same.
+template <typename T, int ROWS, int PANELS>
 void multiply_tile(const Gemm& g, int row, int panel) {
     using Input = typename T::Input;
     using Weight = typename T::Weight;
-    typename T::Acc acc[ROWS][2];
+    typename T::Acc acc[PANELS][ROWS][2];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++) acc[r][0] = acc[r][1] = T::zero();
+        for (int r = 0; r < ROWS; r++) acc[p][r][0] = acc[p][r][1] = T::zero();
     const Input* x = static_cast<const Input*>(g.input) + row * g.input_stride;
-    const Weight* w = static_cast<const Weight*>(g.weight) +
-                      static_cast<std::ptrdiff_t>(panel) * PANEL * g.depth;
+    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(PANEL) * g.depth;
+    const Weight* w = static_cast<const Weight*>(g.weight) + panel * size;
     for (int k = 0; k < g.depth; k += T::STEP) {
-        const __m512i first = T::weights(w), second = T::weights(w + LANES * T::STEP);
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) {
+            const __m512i first = T::weights(w + p * size), second = T::weights(w + p * size + LANES * T::STEP);
+            if constexpr (ROWS <= 4) {  // bound by memory, and the hardware's own prefetch stops at every page
+                const char* ahead = reinterpret_cast<const char*>(w + p * size) + AHEAD;
+                _mm_prefetch(ahead, _MM_HINT_T0);
+                _mm_prefetch(ahead + 64, _MM_HINT_T0);
+            }
 #pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r++) {
-            const Input* at = x + r * g.input_stride + k;
-            acc[r][0] = T::multiply(acc[r][0], at, first);
-            acc[r][1] = T::multiply(acc[r][1], at, second);
+            for (int r = 0; r < ROWS; r++) {
+                const Input* at = x + r * g.input_stride + k;
+                acc[p][r][0] = T::multiply(acc[p][r][0], at, first);
+                acc[p][r][1] = T::multiply(acc[p][r][1], at, second);
+            }
         }
         w += PANEL * T::STEP;
     }
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++) {
-        if constexpr (T::STEP == 4) {
-            const __m512i sum = _mm512_set1_epi32(g.row_sum[row + r]);
-            const __m512 scale = _mm512_set1_ps(g.row_scale[row + r]);
-            const float* columns = g.column_scale + panel * PANEL;
-            auto scaled = [&](__m512i value, const float* of) {
-                return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(value, sum)),
-                                     _mm512_mul_ps(scale, _mm512_loadu_ps(of)));
-            };
-            g.epilogue.apply(row + r, panel, scaled(acc[r][0], columns), scaled(acc[r][1], columns + LANES));
-        } else {
-            g.epilogue.apply(row + r, panel, acc[r][0], acc[r][1]);
-        }
-    }
+        for (int r = 0; r < ROWS; r++) finish_row<T>(g, row + r, panel + p, acc[p][r]);
 }
+
+// How many panels at once: up to 24 accumulators, but for a row alone, which is bound by memory.
+constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1; }
 
 template <typename T, int ROWS = MAX_ROWS>
-void multiply_rows(const Gemm& g, int rows, int row, int panel) {
+void multiply_rows(const Gemm& g, int rows, int row, int begin, int end) {
     if constexpr (ROWS >= 1) {
-        if (rows == ROWS) {
-            multiply_tile<T, ROWS>(g, row, panel);
-        } else {
-            multiply_rows<T, ROWS - 1>(g, rows, row, panel);
+        if (rows != ROWS) {
+            multiply_rows<T, ROWS - 1>(g, rows, row, begin, end);
+            return;
         }
+        constexpr int PANELS = panels_at_once(ROWS);
+        int panel = begin;
+        for (; panel + PANELS <= end; panel += PANELS) multiply_tile<T, ROWS, PANELS>(g, row, panel);
+        for (; panel < end; panel++) multiply_tile<T, ROWS, 1>(g, row, panel);
     }
 }
 
-// Panels [begin, end) of the product, all rows of each while it is near.
+// Panels [begin, end) of the product: many rows one panel after the other, all rows while it is near.
 template <typename T>
 void multiply(const Gemm& g, int begin, int end) {
+    if (g.rows <= MAX_ROWS) {
+        multiply_rows<T>(g, g.rows, 0, begin, end);
+        return;
+    }
     const int tiles = (g.rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int panel = begin; panel < end; panel++) {
         for (int tile = 0; tile < tiles; tile++) {
             const int row = static_cast<int>(static_cast<std::int64_t>(g.rows) * tile / tiles);
             const int next = static_cast<int>(static_cast<std::int64_t>(g.rows) * (tile + 1) / tiles);
-            multiply_rows<T>(g, next - row, row, panel);
+            multiply_rows<T>(g, next - row, row, panel, panel + 1);
         }
     }
 }
