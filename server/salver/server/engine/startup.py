@@ -29,8 +29,8 @@ DEFAULT_NUM_SEQS = {"cpu": 32, "cuda": 256}
 CPU_CACHE_BYTES = 192 << 20  # at least, and enough for one whole context
 STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
 WARM_UP_TOKENS = 128
-WARM_UP_RUNS = 3
-COST_ROWS = (1, 2, 4, 8, 16, 32, 64)  # steps of so many sequences are timed, to know what a draft costs
+WARM_UP_RUNS = 2
+COST_ROWS = (1, 8, 32)  # steps of so many sequences are timed, to know what a draft costs
 
 
 class StartError(Exception):
@@ -277,7 +277,7 @@ def _speed(runner: ModelRunner, max_model_len: int) -> tuple[float, int]:
     """
     length = min(WARM_UP_TOKENS, max_model_len)
     many = max(runner.measure_prefill(length) for _ in range(WARM_UP_RUNS))
-    one = max(runner.measure_prefill(1) for _ in range(4 * WARM_UP_RUNS))  # short, so easily disturbed
+    one = max(runner.measure_prefill(1) for _ in range(3 * WARM_UP_RUNS))  # short, so easily disturbed
     return many, max(1, int(many / one))
 
 
