@@ -250,6 +250,30 @@ async def until(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0.001)
 
 
+def test_the_configuration_in_force_is_told_with_its_origins() -> None:
+    async def test() -> None:
+        async with service() as served:
+            asked = request(max_tokens=4)
+            asked.sampling.bad_words.extend(["x", "yz"])
+            asked.sampling.bad_token_sequences.add(ids=[5, 6])
+            reply = await served.generation.Generate(asked)
+            told = reply.configuration
+            assert (told.sampling.temperature, told.sampling.top_p, told.stopping.max_tokens) == (0, 1, 4)
+            assert told.sampling.seed == reply.seed
+            assert told.origins["sampling.temperature"] == common_pb2.CONFIGURATION_ORIGIN_REQUEST
+            assert told.origins["sampling.seed"] == common_pb2.CONFIGURATION_ORIGIN_SERVER
+            (engine_request,) = served.engine.requests
+            encode = TOKENIZER.encode
+            assert engine_request.sampling.bad_words == (
+                (5, 6), *(tuple(encode(text)) for text in ("x", " x", "yz", " yz")),
+            )  # fmt: skip
+            asked = stream_request(max_tokens=4)
+            messages = [message async for message in served.generation.StreamGenerate(asked)]
+            assert [bool(m.configuration.origins) for m in messages] == [True] + [False] * (len(messages) - 1)
+
+    run(test)
+
+
 def test_generate() -> None:
     async def test() -> None:
         async with service() as served:

@@ -25,6 +25,7 @@ from salver.model.chat_template import ChatTemplate, ChatTemplateError
 from salver.model.checkpoint import resolve_checkpoint, weights_digest
 from salver.model.config_reader import read_spec
 from salver.model.errors import CheckpointError
+from salver.model.generation_config import GenerationConfig
 from salver.model.kernels.build import KernelUnavailable, find_or_build
 from salver.model.precision import default_dtype_name
 from salver.model.spec import ModelSpec
@@ -123,6 +124,7 @@ class _Loaded:
     spec: ModelSpec
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
+    generation_config: GenerationConfig
 
 
 def served_name(config: ServerConfig) -> str:
@@ -200,6 +202,7 @@ def load_front(checkpoint: Path) -> _Loaded:
             read_spec(checkpoint),
             Tokenizer.from_directory(checkpoint),
             ChatTemplate.from_directory(checkpoint),
+            GenerationConfig.from_directory(checkpoint),
         )
     except (CheckpointError, ChatTemplateError) as error:
         raise StartError(str(error)) from error
@@ -334,6 +337,10 @@ class Application:
             after_torch = 0.0 if name == "import torch" else after_torch + seconds
         model = self._served_model(loaded, ready, digest)
         self.admission.ready(ready)
+        if ignored := loaded.generation_config.ignored:
+            log_event(
+                _log, logging.WARNING, "not implemented, of generation_config.json", fields=",".join(ignored)
+            )
         self.front.serve(model, self.engine)
         self.rpc.health.set_ready(True)
         phases.add("since torch was imported", after_torch + time.monotonic() - ready_at)
@@ -359,6 +366,7 @@ class Application:
             chat_template=loaded.chat_template,
             ready=ready,
             weights_digest=digest,
+            generation_config=loaded.generation_config,
             limits=RequestLimits(
                 max_model_len=ready.max_model_len,
                 # Block 0 is the null block of padding rows.

@@ -13,9 +13,11 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--top-p", float, "keep the most probable tokens that reach this probability together"),
     ("--top-k", int, "keep this many most probable tokens"),
     ("--min-p", float, "drop tokens less probable than this share of the best"),
+    ("--typical-p", float, "keep the tokens of the most typical surprise that reach this probability"),
     ("--repetition-penalty", float, "above 1 discourages tokens of prompt and output"),
     ("--presence-penalty", float, "subtracted from the logits of tokens in the output"),
     ("--frequency-penalty", float, "the same, once per occurrence"),
+    ("--no-repeat-ngram-size", int, "no so many tokens occur twice"),
     ("--seed", int, "makes the answer reproducible"),
     ("--max-tokens", int, "the end of the context when left out"),
     ("--min-tokens", int, "do not stop before"),
@@ -85,6 +87,8 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     for flag, kind, text in _SAMPLING:
         group.add_argument(flag, type=kind, help=text)
     group.add_argument("--stop", action="append", help="end at this text (may be given several times)")
+    group.add_argument("--bad-words", nargs="+", metavar="WORD", help="never write these")
+    group.add_argument("--allowed-words", nargs="+", metavar="WORD", help="write nothing but these")
     group.add_argument(
         "--ignore-eos", action="store_true", default=None, help="go on past the end of sequence"
     )
@@ -93,5 +97,5 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
     """What was given of the generation flags, as keyword arguments of the client."""
     names = [flag[2:].replace("-", "_") for flag, _, _ in _SAMPLING]
-    names += ["stop", "ignore_eos", "timeout", "n"]
+    names += ["stop", "bad_words", "allowed_words", "ignore_eos", "timeout", "n"]
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}

@@ -35,6 +35,7 @@ class RowResult:
     prompt_logprobs: list[Logprobs] | None = None
     error: str = ""  # this sequence alone failed
     out_of_memory: bool = False  # because it alone does not fit
+    exhausted: bool = False  # its parameters leave no token to choose
 
 
 @dataclass(slots=True)
@@ -214,6 +215,9 @@ class EngineCore:
         if row.error:
             reason = FinishReason.MEMORY if row.out_of_memory else FinishReason.ERROR
             self._finish(sequence, reason, error=row.error)
+            return
+        if row.exhausted:
+            self._finish(sequence, FinishReason.ABORT, prompt_logprobs=row.prompt_logprobs)
             return
         if row.prompt_logprobs:
             sequence.next_prompt_logprob += len(row.prompt_logprobs)
