@@ -19,6 +19,7 @@ from salver.client.errors import (
     Unavailable,
 )
 from salver.client.options import ConnectionOptions
+from salver.client.security import Tls, token_from_file
 from salver.client.types import (
     Candidate,
     ChatOptions,
@@ -79,9 +80,11 @@ __all__ = [
     "StopMatch",
     "Stream",
     "Timings",
+    "Tls",
     "Token",
     "TokenLogprob",
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "token_from_file",
 ]

@@ -241,8 +241,8 @@ def _configuration(configuration: common_pb2.GenerationConfiguration) -> dict[st
     for prefix in ("sampling", "stopping"):
         part = getattr(configuration, prefix)
         for field in part.DESCRIPTOR.fields:
-            origin = _ORIGINS.get(configuration.origins.get(f"{prefix}.{field.name}", 0))
-            if origin is not None:
+            name = f"{prefix}.{field.name}"
+            if name in configuration.origins and (origin := _ORIGINS.get(configuration.origins[name])):
                 settings[field.name] = Setting(_plain(getattr(part, field.name)), origin)
     return settings
 

@@ -38,6 +38,7 @@ from salver.server.engine.process import EngineProcess, EngineState
 from salver.server.engine.request import Ready, StepMessage
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
+from salver.server.reloading import BadFile
 from salver.server.rpc.models import version
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_methods
@@ -73,6 +74,9 @@ async def _in_daemon_thread(work: Callable[[], _T]) -> _T:
 
     threading.Thread(target=run, daemon=True, name="start").start()
     return await result
+
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class StartError(Exception):
@@ -230,7 +234,10 @@ class Application:
             config.max_queued_requests, config.max_queued_tokens, self.metrics.rejected,
             deadlines=config.deadline_admission,
         )  # fmt: skip
-        self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
+        try:
+            self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
+        except BadFile as error:
+            raise StartError(str(error)) from error
         self.engine: EngineProcess | None = None
         self._signalled = asyncio.Event()
 
@@ -244,6 +251,7 @@ class Application:
         try:
             self.address = await self._open()
             _say(f"listening on {self.address}")
+            self._say_guards()
             metrics_server = await self._open_metrics()
             try:
                 await self._unless_signalled(self._load())
@@ -266,8 +274,20 @@ class Application:
         _say("ended by a second signal")
         os._exit(128 + number)
 
+    def _say_guards(self) -> None:
+        """What of TLS and tokens is on; and a warning where tokens travel in the clear."""
+        config = self.config
+        tls = "" if config.tls_cert is None else "mTLS" if config.tls_client_ca is not None else "TLS"
+        on = [word for word in (tls, "tokens" if config.tokens is not None else "") if word]
+        if on:
+            _say(f"calls need {' and '.join(on)}")
+        if config.tokens is not None and not tls and config.host not in _LOOPBACK:
+            _log.warning("--tokens without --tls-cert: everybody on the way can read the tokens")
+
     async def _open(self) -> str:
         try:
+            if (probes := await self.rpc.open_health_port()) is not None:
+                _say(f"health on {probes}")
             return await self.rpc.open()
         except PortInUse as error:
             raise StartError(str(error)) from error

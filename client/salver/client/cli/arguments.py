@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from salver.client.cli import chat, commands
+from salver.client.cli.connection import add_connection_flags
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--temperature", float, "0 is greedy"),
@@ -71,12 +71,7 @@ def _command(subparsers: Any, name: str, run: Any, text: str) -> argparse.Argume
         name, help=text, description=text[0].upper() + text[1:]
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--address",
-        default=os.environ.get("SALVER_ADDRESS", "127.0.0.1:50051"),
-        help="of the server, or of several with commas between them, or a gRPC target like dns:///name:port "
-        "(SALVER_ADDRESS; default 127.0.0.1:50051)",
-    )
+    add_connection_flags(parser)
     parser.add_argument("--timeout", type=float, help="seconds")
     parser.add_argument("--json", action="store_true", help="print JSON, for other programs")
     return parser

@@ -239,6 +239,7 @@ class EngineCore:
             if sequence.first_token is None:
                 sequence.first_token = now
             self.generated_tokens += len(token_ids)
+            self.scheduler.charge(sequence, len(token_ids))
         elif not sequence.generates and sequence.num_computed_tokens == sequence.num_tokens:
             sequence.first_token = sequence.last_token = now
             reason = FinishReason.LENGTH

@@ -84,6 +84,8 @@ class EngineRequest:
     deadline: float = NO_DEADLINE
     arrival: float = 0.0
     cache_salt: str = ""
+    tenant: str = ""  # whose it is; tenants share the engine by their weights
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
