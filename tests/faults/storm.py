@@ -40,8 +40,9 @@ CACHE_TOKENS = 2048
 BLOCK_SIZE = 16
 # Fewer seats, blocks and tokens a step than the storm wants, so that calls wait, prompts take many
 # steps and sequences are preempted; and hardly more places in the queue than it can fill, so that
-# one that is not given back is missed.
+# one that is not given back is missed. Deadlines are to pass in every phase: none is refused for its own.
 FLAGS = (
+    "--no-deadline-admission",
     *("--max-num-seqs", "8", "--max-num-batched-tokens", "32", "--max-queued-requests", "48"),
     *("--kv-cache-memory", str(CACHE_TOKENS * 512)),
 )
