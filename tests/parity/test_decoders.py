@@ -28,13 +28,7 @@ TOLERANCE = 1e-3
 LENGTHS = (5, 61)  # the second is beyond every window and every original context here
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -159,8 +153,7 @@ def other_positions(positions: Any, head_dim: int) -> Iterator[Any]:
 
 def test_every_family_is_here() -> None:
     tried = {variant.model for variant in VARIANTS.values()}
-    other_names = {"MPTForCausalLM", "RWForCausalLM"}  # of MptForCausalLM and FalconForCausalLM
-    assert FAMILIES.keys() == tried | other_names | {"GPT2LMHeadModel"}
+    assert FAMILIES.keys() == tried | {"MPTForCausalLM", "GPT2LMHeadModel"}
 
 
 def test_a_long_prompt_in_a_crowd_of_short_ones(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_optional_tensors_may_be_there_or_not(tmp_path: Path) -> None:
 
 def test_names_that_a_family_was_published_under(tmp_path: Path) -> None:
     save_file({"model.old.a": A, "b": B}, tmp_path / "model.safetensors")
-    weights = WeightMap({}, optional_prefix="model.", renamed=((r"^old\.", "new."),))
+    weights = WeightMap({}, optional_prefix="model.", renames=((r"^old\.a", "new.a"),))
     target = torch.empty(6, 4)
     tensors = CheckpointTensors(tmp_path, weights)
     tensors.check_names({"t": Copy("new.a"), "u": Copy("b")})

@@ -31,7 +31,7 @@ HARMLESS = frozenset(
     reorder_and_upcast_attn resid_dropout embed_dropout hidden_dropout_prob activation_dropout dropout
     layerdrop residual_dropout embedding_dropout attention_probs_dropout_prob emb_pdrop init_std
     output_router_logits router_aux_loss_coef router_jitter_noise cache_implementation
-    scale_attention_softmax_in_fp32 attention_softmax_in_fp32
+    scale_attention_softmax_in_fp32 attention_softmax_in_fp32 tokenizer_class prefix custom_pipelines
     """.split()
 )
 
@@ -86,11 +86,11 @@ class ConfigReader:
             raise self.error(name, f"must be a positive number, not {value}")
         return value
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """An integer that is not negative."""
+    def integer(self, name: str, default: int | None = None) -> int:
+        """An integer of at least 0."""
         value: int = self._or(name, self._value(name, "an integer", int), default)
         if value < 0:
-            raise self.error(name, f"must not be negative, not {value}")
+            raise self.error(name, f"must be at least 0, not {value}")
         return value
 
     def size_or_null(self, name: str, default: int | None) -> int | None:
@@ -258,3 +258,13 @@ def _check(spec: ModelSpec, reader: ConfigReader) -> None:
         raise reader.error(
             "num_key_value_heads", f"({spec.num_kv_heads}) must divide the {spec.num_heads} attention heads"
         )
+    experts = spec.experts
+    if experts is None:
+        return
+    if experts.per_token > experts.count:
+        raise reader.error(
+            "num_experts_per_tok", f"({experts.per_token}) is more than the {experts.count} experts"
+        )
+    groups = experts.groups
+    if experts.count % groups or groups > experts.count // 2 or experts.groups_per_token > groups:
+        raise reader.error("n_group", f"({groups}) must divide the {experts.count} experts into several each")

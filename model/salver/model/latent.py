@@ -36,12 +36,12 @@ class Latent(nn.Module):
         if self.query_down is not None and self.query_norm is not None:
             x = self.query_norm(self.query_down(x))
         query = self.query_up(x).view(x.shape[0], self.num_heads, -1)
-        still, turning = torch.split(query, (self.spec.key_dim, self.spec.rotary_dim), dim=2)
+        still, turning = torch.split(query, [self.spec.key_dim, self.spec.rotary_dim], dim=2)
         return torch.cat((_by_head(still, self._matrices()[0]), rotation(turning)), dim=2)
 
     def vectors(self, x: Tensor, rotation: Rotation) -> Tensor:
         """[N, 1, latent_dim + rotary_dim] of hidden [N, hidden], for the cache."""
-        vector, key = torch.split(self.down(x), (self.spec.latent_dim, self.spec.rotary_dim), dim=1)
+        vector, key = torch.split(self.down(x), [self.spec.latent_dim, self.spec.rotary_dim], dim=1)
         return torch.cat((self.norm(vector)[:, None], rotation(key[:, None])), dim=2)
 
     def values(self, attended: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Latent(nn.Module):
     def _matrices(self) -> tuple[Tensor, Tensor]:
         """[num_heads, key_dim, latent_dim] and [num_heads, value_dim, latent_dim]."""
         matrices = torch.unflatten(self.up.weight, 0, (self.num_heads, -1))
-        keys, values = torch.split(matrices, (self.spec.key_dim, self.spec.value_dim), dim=1)
+        keys, values = torch.split(matrices, [self.spec.key_dim, self.spec.value_dim], dim=1)
         return keys, values
 
 

@@ -75,8 +75,8 @@ class CheckpointTensors:
         self._files: dict[str, tuple[WeightFile, str]] = {}  # name without prefix: file, name in it
         for full_name, file in open_weights(checkpoint).items():
             name = full_name.removeprefix(weights.optional_prefix)
-            for pattern, replacement in weights.renamed:
-                name = re.sub(pattern, replacement, name)
+            for pattern, replacement in weights.renames:
+                name = re.sub(f"{pattern}$", replacement, name)
             if name in self._files:
                 raise CheckpointError(f"{file.path}: {full_name} is there twice, under two names")
             self._files[name] = (file, full_name)
@@ -162,8 +162,8 @@ class CheckpointTensors:
             mine.copy_(theirs)
             # [groups, inner, outer, rest] of the target, seen as the source's.
             turned = slice(source.lead, mine.shape[1] - source.tail)
-            parts = torch.unflatten(mine[:, turned], 1, (source.inner, source.outer, -1)).transpose(1, 2)
-            parts.copy_(torch.unflatten(theirs[:, turned], 1, (source.outer, source.inner, -1)))
+            moved = torch.unflatten(mine[:, turned], 1, (source.inner, source.outer, -1)).transpose(1, 2)
+            moved.copy_(torch.unflatten(theirs[:, turned], 1, (source.outer, source.inner, -1)))
 
     def _read(self, name: str) -> Tensor:
         file, full_name = self._files[name]

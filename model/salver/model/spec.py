@@ -124,15 +124,15 @@ class WeightMap:
             saved all the same); the loader compares them.
         optional_prefix: begins the checkpoint's names, or not (GPT-2 was published both ways);
             all names here are without it.
-        renamed: regular expressions in the checkpoint's names and what stands there in names here, for
-            parts that were published under several names.
+        renames: (pattern, replacement) of old names, tried on the end of every checkpoint name
+            (`.gamma` for `.weight`).
     """
 
     tensors: dict[str, Source] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, str], ...] = ()
     optional_prefix: str = ""
-    renamed: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def expanded(self, num_layers: int) -> dict[str, Source]:

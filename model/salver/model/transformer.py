@@ -150,14 +150,14 @@ class Layer(nn.Module):
         query_key = heads[:, : self.num_heads + self.num_kv_heads]
         if rotation is not None:
             query_key = rotation(query_key)
-        query, key = torch.split(query_key, (self.num_heads, self.num_kv_heads), dim=1)
+        query, key = torch.split(query_key, [self.num_heads, self.num_kv_heads], dim=1)
         cache.write(self.index, key, heads[:, self.num_heads + self.num_kv_heads :], batch)
         scoring = self.scoring if self.sinks is None else replace(self.scoring, sinks=self.sinks.weight)
         return self.attention_out(attention(query, cache, self.index, batch, scoring))
 
     def _norm_heads(self, heads: Tensor, query_norm: Norm, key_norm: Norm) -> Tensor:
         """Heads [N, q, k and v heads, head_dim], queries and keys normalized by head or all as one."""
-        query, key, value = torch.split(heads, (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key, value = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         whole = query_norm.shape[0] != self.head_dim
         query, key = (
             norm(part.flatten(1)).view(part.shape) if whole else norm(part)

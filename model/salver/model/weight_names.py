@@ -37,11 +37,11 @@ def with_weights(
     *,
     ignored: tuple[str, ...] = (),
     optional_prefix: str = "",
-    renamed: tuple[tuple[str, str], ...] = (),
+    renames: tuple[tuple[str, str], ...] = (),
 ) -> ModelSpec:
     """The spec with the map of all its tensors; `names` as in `weight_map`, the rest as in `WeightMap`."""
     weights = weight_map(spec, names)
-    weights = replace(weights, ignored=ignored, optional_prefix=optional_prefix, renamed=renamed)
+    weights = replace(weights, ignored=ignored, optional_prefix=optional_prefix, renames=renames)
     return replace(spec, weights=weights)
 
 

@@ -58,6 +58,7 @@ def _norm(c: ConfigReader) -> NormSpec:
 
 def _common(c: ConfigReader) -> dict[str, Any]:
     attention_bias = c.boolean("attention_bias", False)
+    c.ignore("model_max_length")
     return {
         "names": _names(c),
         "tied": True,

@@ -36,7 +36,7 @@ def deepseek_v3(c: ConfigReader) -> ModelSpec:
         c.only(name, value)
     c.ignore("aux_loss_alpha", "seq_aux", "num_nextn_predict_layers", "num_mtp_layers")
     rope = rope_positions(c, rotary_dim)
-    first, bias = c.count("first_k_dense_replace", 3), c.boolean("attention_bias", False)
+    first, bias = c.integer("first_k_dense_replace", 3), c.boolean("attention_bias", False)
     return llama_spec(
         c,
         "DeepseekV3ForCausalLM",

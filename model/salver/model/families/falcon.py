@@ -14,7 +14,7 @@ from .gpt2 import Fields, gpt_spec
 PREFIX = "h.{layer}"
 
 
-@family("FalconForCausalLM", "RWForCausalLM")
+@family("FalconForCausalLM")
 def falcon(c: ConfigReader) -> ModelSpec:
     fields = Fields(
         hidden_size=c.either("hidden_size", "n_embed"),
@@ -24,6 +24,7 @@ def falcon(c: ConfigReader) -> ModelSpec:
         context="max_position_embeddings",
         activation="activation",
     )
+    c.ignore("ff_factor")
     c.only("apply_residual_connection_post_layernorm", False)
     heads = c.size(fields.num_heads)
     grouped, bias = c.boolean("new_decoder_architecture", False), c.boolean("bias", False)

@@ -88,7 +88,7 @@ def _common(c: ConfigReader) -> dict[str, Any]:
 
 def _sandwich(c: ConfigReader) -> dict[str, Any]:
     """What Gemma 2 and 3 share."""
-    c.ignore("hidden_act")
+    c.ignore("hidden_act", "sliding_window_size")
     return {
         **_common(c),
         "names": SANDWICH,

@@ -23,7 +23,9 @@ GPT2: Names = {
     "final_norm": "ln_f",
     "head": "lm_head",
 }
-MASKS = (r"h\.\d+\.attn\.(attention\.)?(masked_)?bias",)  # the causal mask, which early checkpoints saved
+MASKS = (
+    r"h\.\d+\.attn\.((attention\.)?(masked_)?bias|causal_mask)",
+)  # the causal mask, which early checkpoints saved
 
 
 @family("GPT2LMHeadModel")
@@ -57,7 +59,7 @@ def gpt_spec(
     tied: bool = True,
     ignored: tuple[str, ...] = (),
     optional_prefix: str = "",
-    renamed: tuple[tuple[str, str], ...] = (),
+    renames: tuple[tuple[str, str], ...] = (),
     **differences: Any,
 ) -> ModelSpec:
     """The common shape: LayerNorm, a key head for each query head, a plain MLP, biases everywhere.
@@ -92,4 +94,4 @@ def gpt_spec(
         eos_token_ids=c.token_ids("eos_token_id"),
         **{"gated": False, "qkv_bias": True, "attention_out_bias": True, "mlp_bias": True, **differences},
     )
-    return with_weights(spec, names, ignored=ignored, optional_prefix=optional_prefix, renamed=renamed)
+    return with_weights(spec, names, ignored=ignored, optional_prefix=optional_prefix, renames=renames)

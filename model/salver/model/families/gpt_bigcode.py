@@ -13,6 +13,9 @@ from .gpt2 import GPT2, MASKS, gpt_spec
 def gpt_bigcode(c: ConfigReader) -> ModelSpec:
     c.only("add_cross_attention", False)
     c.only("scale_attn_weights", True)
+    # Of a runner of its own, which transformers had once.
+    c.ignore("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length")
+    c.ignore("pre_allocate_kv_cache", "validate_runner_input")
     heads = c.size("n_head")
     multi_query = c.boolean("multi_query", True)
     c.only("num_key_value_heads", 1 if multi_query else heads)

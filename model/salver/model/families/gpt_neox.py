@@ -45,7 +45,7 @@ def gpt_neox(c: ConfigReader) -> ModelSpec:
         activation="gelu",
         tied=False,
         ignored=(r"gpt_neox\.layers\.\d+\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)",),
-        renamed=((r"^embed_out\.", "lm_head."),),
+        renames=((r"^embed_out\.weight", "lm_head.weight"),),
         max_position_embeddings=grown_context(c.size("max_position_embeddings"), (rope,)),
         positions=rope,
         parallel=c.boolean("use_parallel_residual", True),

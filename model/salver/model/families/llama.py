@@ -99,9 +99,10 @@ def llama_spec(
         ropes=() if ropes is None else ropes(positions, num_layers),
         **{**biases, **differences},
     )
-    # Old transformers saved the frequencies.
+    # Old transformers saved the frequencies; bodies that were saved alone lack the prefix.
     frequencies = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-    return with_weights(spec, names, ignored=(frequencies, *ignored))
+    prefixed = (r"^((?:layers|embed_tokens|norm)\..*)", r"model.\1")
+    return with_weights(spec, names, ignored=(frequencies, *ignored), renames=(prefixed,))
 
 
 def head_size(c: ConfigReader, hidden_size: int, num_heads: int, heads: str = "num_attention_heads") -> int:

@@ -52,6 +52,8 @@ def phi(c: ConfigReader) -> ModelSpec:
 
 @family("Phi3ForCausalLM")
 def phi3(c: ConfigReader) -> ModelSpec:
+    for name in ("interpolate_factor", "full_attn_mod"):  # Phi-4-mini
+        c.only(name, 1)
     c.ignore("original_max_position_embeddings")  # read where a scaling needs it
     return llama_spec(
         c,

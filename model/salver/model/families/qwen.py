@@ -49,7 +49,7 @@ def qwen3(c: ConfigReader) -> ModelSpec:
 
 @family("Qwen2MoeForCausalLM")
 def qwen2_moe(c: ConfigReader) -> ModelSpec:
-    sliding, last = c.boolean("use_sliding_window", False), c.count("max_window_layers", 28)
+    sliding, last = c.boolean("use_sliding_window", False), c.integer("max_window_layers", 28)
     window = c.size_or_null("sliding_window", 4096) if sliding else None
     c.ignore("sliding_window")
     return llama_spec(
@@ -95,7 +95,7 @@ def qwen3_moe(c: ConfigReader) -> ModelSpec:
 
 def _windows(c: ConfigReader) -> Callable[[int, int], Windows]:
     """A window from layer `max_window_layers` on."""
-    sliding, first = c.boolean("use_sliding_window", False), c.count("max_window_layers", 28)
+    sliding, first = c.boolean("use_sliding_window", False), c.integer("max_window_layers", 28)
     window = c.size_or_null("sliding_window", 4096) if sliding else None
     c.ignore("sliding_window")
     return in_sliding_layers(c, window, lambda layer: sliding and window is not None and layer >= first)

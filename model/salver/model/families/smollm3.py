@@ -18,7 +18,7 @@ def smollm3(c: ConfigReader) -> ModelSpec:
     )
     sliding = c.boolean("use_sliding_window", False)
     window = c.size_or_null("sliding_window", None) if sliding else None
-    c.ignore("sliding_window", "layer_types")
+    c.ignore("sliding_window", "layer_types", "max_window_layers", "pretraining_tp")
 
     def ropes(rope: RopePositions, count: int) -> tuple[RopePositions | None, ...]:
         return tuple(rope if rotates else None for rotates in rotated) if 0 in rotated else ()

@@ -21,6 +21,7 @@ def starcoder2(c: ConfigReader) -> ModelSpec:
     bias = c.boolean("use_bias", True)
     c.only("norm_type", "layer_norm")
     c.only("mlp_type", "default")
+    c.ignore("activation_function", "layer_norm_epsilon", "scale_attn_weights")  # left from StarCoder 1
     return llama_spec(
         c,
         "Starcoder2ForCausalLM",
