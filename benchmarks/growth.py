@@ -49,7 +49,7 @@ def inline_steps(args: argparse.Namespace) -> None:
 
     checkpoint = checkpoint_of(args.model, args.dtype, default_cache_dir())
     core, ready = start(
-        checkpoint, dtype=args.dtype, threads=args.threads, max_num_seqs=32, enable_prefix_caching=False,
+        checkpoint, dtype=args.dtype, threads=args.threads, max_num_seqs=32, enable_prefix_caching=True,
         kv_cache_memory=1 << 30,
     )  # fmt: skip
     draw = random.Random(0)
@@ -59,12 +59,23 @@ def inline_steps(args: argparse.Namespace) -> None:
             core.abort(number)
 
     def step_ms(batch: int, context: int, waiting: int = 0) -> float:
-        """Median of a decoding step."""
+        """Median of a decoding step.
+
+        Prompts are computed one by one and then found in the prefix cache: together, the first ones
+        would have ended before the last is computed.
+        """
         clear(core)
-        for number in range(batch):
-            core.add(request(number, prompt(context, draw), STEPS + 40))
+        prompts = [prompt(context, draw) for _ in range(batch)]
+        for tokens in prompts:
+            core.add(request(0, tokens, 1))
+            while core.has_work:
+                core.step()
+        for number, tokens in enumerate(prompts):
+            core.add(request(number, tokens, STEPS + 40))
         while any(s.num_tokens - s.num_computed_tokens > 1 for s in core.scheduler.unfinished()):
             core.step()
+        if ended := batch - len(list(core.scheduler.unfinished())):
+            raise SystemExit(f"{ended} of {batch} sequences ended before their steps were timed")
         for number in range(waiting):
             core.add(request(1000 + number, [300] * 100, 8))
         times = []

@@ -209,23 +209,111 @@ def test_told_prompt_log_probabilities_are_dropped_from_the_resubmission(tmp_pat
     asyncio.run(main())
 
 
-def test_a_request_whose_worker_died_twice_fails_and_the_others_go_on(tmp_path):
+def test_a_request_alone_whose_worker_died_twice_fails(tmp_path):
     async def main():
-        plan = {"die_after_steps": 3}, {"after_submits": 2, "die_after_steps": 3}, {}
-        async with House(tmp_path, *plan) as house:
+        async with House(tmp_path, {"die_after_steps": 3}, {"die_after_steps": 3}, {}) as house:
             first, second = Sink(), Sink()
-            late = request(2, 20_000)
             house.engine.submit(request(1, NEVER), first)
-            house.when[EngineState.RESTARTING] = house.when.clear
-            await until(lambda: not house.when)
-            house.when[EngineState.SERVING] = lambda: house.engine.submit(late, second)
-            house.when[EngineState.RESTARTING] = house.when.clear
             await until(lambda: first.error)
             assert isinstance(first.error, RequestFailed)
-            await until(lambda: house.engine.num_in_flight == 0)
-            assert second.error is None
+            await until(lambda: house.engine.restarts == 2)
+            late = request(2, 20_000)
+            house.engine.submit(late, second)
+            await until(lambda: second.finished)
             assert second.tokens == {0: answer(late)}
-            assert house.engine.restarts == 2
+
+    asyncio.run(main())
+
+
+def test_nobody_is_blamed_for_deaths_that_come_now_and_then_until_they_are_too_many(tmp_path):
+    async def main():
+        dying = {"after_submits": 2, "die_after_steps": 3}
+        async with House(tmp_path, dying, dying, dying, {}) as house:
+            requests, sinks = (request(1, 30_000), request(2, 30_000)), (Sink(), Sink())
+            for req, sink in zip(requests, sinks, strict=True):
+                house.engine.submit(req, sink)
+            await until(lambda: house.engine.num_in_flight == 0)
+            assert [sink.tokens for sink in sinks] == [{0: answer(req)} for req in requests]
+            assert house.engine.restarts == 3
+
+    async def too_many():
+        dying = {"after_submits": 2, "die_after_steps": 3}
+        (tmp_path / "more").mkdir()
+        async with House(tmp_path / "more", dying) as house:
+            sinks = Sink(), Sink()
+            for number, sink in enumerate(sinks):
+                house.engine.submit(request(number, NEVER), sink)
+            await until(lambda: house.engine.restarts == 4)
+            assert [type(sink.error) for sink in sinks] == [RequestFailed, RequestFailed]
+
+    asyncio.run(main())
+    asyncio.run(too_many())
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_requests_that_kill_workers_end_alone(tmp_path, at):
+    """Each kills two, and their neighbours lose nothing, however many die under them."""
+
+    async def main():
+        async with House(tmp_path, {"killers": [3, 5], "at": at}) as house:
+            requests = [request(i, 40_000, samples=1 + i % 2) for i in range(1, 8)]
+            sinks = [Sink() for _ in requests]
+            for req, sink in zip(requests, sinks, strict=True):
+                house.engine.submit(req, sink)
+            killers = sinks[2], sinks[4]
+            await until(lambda: all(sink.error for sink in killers) and house.engine.restarts == 3)
+            late = Sink()
+            house.engine.submit(request(8, 3), late)
+            await until(lambda: house.engine.num_in_flight == 0)
+            for req, sink in zip(requests, sinks, strict=True):
+                if sink in killers:
+                    assert isinstance(sink.error, RequestFailed)
+                else:
+                    assert sink.tokens == {index: answer(req, index) for index in req.sample_indices}
+                assert sink.starts == 1
+            assert late.tokens == {0: answer(request(8, 3))}
+            assert house.engine.restarts == 3
+            assert house.engine.state is EngineState.SERVING
+            # Of the last lives each had seen one killer, which came alone and was the last that came.
+            assert [line[0] for line in house.submits(1)] == [1, 2, 3]
+            assert [line[0] for line in house.submits(2)] == [1, 2, 4, 5]
+
+    asyncio.run(main())
+
+
+def test_what_comes_while_a_suspect_is_tried_waits_for_the_verdict(tmp_path):
+    async def main():
+        async with House(tmp_path, {"killers": [1], "at": 0}) as house:
+            killer, late, gone = Sink(), Sink(), Sink()
+            house.engine.submit(request(1, NEVER), killer)
+            await until(lambda: house.engine.state is EngineState.RESTARTING)
+
+            def come():
+                house.engine.submit(request(2, 20), late)
+                house.engine.submit(request(3, 20), gone)
+                house.engine.abort(3)
+                house.when.clear()
+
+            house.when[EngineState.SERVING] = come
+            await until(lambda: killer.error)
+            await until(lambda: late.finished)
+            assert late.tokens == {0: answer(request(2, 20))} and not gone.tokens
+            assert [line[0] for line in house.submits(1)] == [1, "abort"]
+            assert [line[0] for line in house.submits(2)] == [2]
+
+    asyncio.run(main())
+
+
+def test_a_suspect_that_is_aborted_lets_the_others_go_on(tmp_path):
+    async def main():
+        async with House(tmp_path, {"after_submits": 2, "die_after_steps": 3}, {}) as house:
+            first, second = Sink(), Sink()
+            house.engine.submit(request(1, NEVER, samples=2), first)
+            house.engine.submit(request(2, 20_000), second)
+            await until(lambda: house.engine.state is EngineState.RESTARTING)
+            house.when[EngineState.SERVING] = lambda: house.engine.abort(1)
+            await until(lambda: second.finished)
+            assert second.tokens == {0: answer(request(2, 20_000))}
 
     asyncio.run(main())
 

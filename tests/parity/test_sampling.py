@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from scipy import stats
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from salver.model.sampling import INVALID, SamplingRow, sample, token_logprobs
+from salver.model.sampling.exclusions import allowed_next
 from salver.model.sampling.sampler import process
 
 BASE = SamplingRow(
@@ -41,9 +47,13 @@ def some_logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
         {"top_p": 0.9999},
         {"top_p": 0.01},
         {"min_p": 0.1},
+        {"typical_p": 0.9},
+        {"typical_p": 0.2},
+        {"typical_p": 0.99},
         {"repetition_penalty": 1.7},
         {"repetition_penalty": 0.5},
         {"temperature": 1.5, "top_k": 40, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.2},
+        {"temperature": 0.8, "top_k": 30, "min_p": 0.01, "typical_p": 0.7},
         {"temperature": 5.0, "top_p": 0.95},
     ],
     ids=str,
@@ -62,11 +72,75 @@ def test_equal_to_transformers(changes: dict[str, float], vocab: int) -> None:
         expected = TopPLogitsWarper(row.top_p)(history, expected)
     if row.min_p:
         expected = MinPLogitsWarper(row.min_p)(history, expected)
+    if row.typical_p < 1:
+        expected = TypicalLogitsWarper(row.typical_p)(history, expected)
     before = logits.clone()
     found = process(logits, [row] * 4)
     assert torch.equal(logits, before), "the caller's logits are left as they are"
     torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), atol=1e-6, rtol=1e-4)
     assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+def histories(vocab: int, count: int, length: int) -> list[list[int]]:
+    draw = random.Random(vocab)
+    return [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 30, 31, 60])
+def test_no_repeat_ngram_is_that_of_transformers(size: int) -> None:
+    processor = NoRepeatNGramLogitsProcessor(size)
+    for vocab in (3, 6):
+        for history in histories(vocab, 20, 30):
+            row = replace(BASE, no_repeat_ngram_size=size, temperature=0.0)
+            row = replace(row, prompt_token_ids=history[:11], output_token_ids=history[11:])
+            logits = some_logits(1, vocab)
+            expected = processor(torch.tensor([history]), logits.clone())
+            assert torch.equal(process(logits, [row]), expected), history
+
+
+def test_bad_words_are_those_of_transformers() -> None:
+    words = ((4,), (0, 1), (1, 2, 3), (2, 2), (5, 0, 1, 2), tuple(range(6)) * 6)
+    processor = NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=99)
+    for history in histories(6, 100, 30):
+        for length in (1, 2, 30):
+            row = replace(BASE, bad_words=words, temperature=0.0)
+            row = replace(row, prompt_token_ids=history[:1], output_token_ids=history[1:length])
+            logits = some_logits(1, 6)
+            expected = processor(torch.tensor([history[:length]]), logits.clone())
+            assert torch.equal(process(logits, [row]), expected), history
+
+
+WORDS = ((1,), (1, 2), (2, 3, 1), (3, 3))
+
+
+def made_of_words(tokens: tuple[int, ...]) -> bool:
+    return not tokens or any(tokens[: len(w)] == w and made_of_words(tokens[len(w) :]) for w in WORDS)
+
+
+def test_allowed_words_allow_what_can_become_words_and_nothing_else() -> None:
+    longest = max(map(len, WORDS))
+    wholes = {t for n in range(5 + longest) for t in product((1, 2, 3), repeat=n) if made_of_words(t)}
+    for tokens in (t for n in range(5) for t in product((1, 2, 3), repeat=n)):
+        following, whole = allowed_next(tokens, WORDS)
+        assert whole == (tokens in wholes)
+        expected = {w[len(tokens)] for w in wholes if len(w) > len(tokens) and w[: len(tokens)] == tokens}
+        assert following == expected, tokens
+
+
+def test_what_is_allowed_and_where_it_may_stop() -> None:
+    logits = some_logits(1, 8)
+
+    def possible(**changes: object) -> set[int]:
+        row = replace(BASE, temperature=0.0, stop_token_ids=frozenset([0]), **changes)
+        return set(process(logits, [row])[0].isfinite().nonzero().flatten().tolist())
+
+    assert possible(allowed_token_ids=(2, 7)) == {0, 2, 7}
+    assert possible(allowed_words=WORDS, output_token_ids=[]) == {0, 1, 2, 3}
+    assert possible(allowed_words=WORDS, output_token_ids=[2]) == {3}
+    assert possible(allowed_words=WORDS, output_token_ids=[1]) == {0, 1, 2, 3}
+    assert possible(allowed_words=WORDS, output_token_ids=[1], banned_token_ids=[0]) == {1, 2, 3}
+    assert possible(allowed_words=WORDS, output_token_ids=[], bad_words=((1,), (3,))) == {0, 2}
+    assert possible(allowed_words=WORDS, output_token_ids=[7]) == set()
 
 
 def test_penalties_and_bias_by_their_definitions() -> None:
@@ -87,7 +161,9 @@ def test_banned_tokens_are_never_chosen() -> None:
     assert sample(logits, [replace(BASE, temperature=0.0, banned_token_ids=[best])]) != [best]
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 2.0, "top_k": 6}, {"top_p": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 2.0, "top_k": 6}, {"top_p": 0.7}, {"typical_p": 0.6}], ids=str
+)
 def test_drawn_as_distributed(changes: dict[str, float]) -> None:
     draws, vocab = 6000, 12
     logits = some_logits(1, vocab, seed=3)
@@ -106,8 +182,10 @@ def test_a_row_does_not_know_its_neighbours() -> None:
     kinds = [
         {}, {"temperature": 0.0}, {"top_k": 7}, {"top_p": 0.8}, {"top_p": 0.99999, "temperature": 4.0},
         {"min_p": 0.05}, {"repetition_penalty": 1.3, "top_k": 40}, {"logit_bias": ((3, 1.0),)},
+        {"typical_p": 0.4}, {"no_repeat_ngram_size": 1}, {"bad_words": ((7,), (1, 8))},
+        {"allowed_token_ids": (5, 9)},
     ]  # fmt: skip
-    rows = [replace(BASE, seed=i, output_token_ids=list(range(i % 4)), **kinds[i % 8]) for i in range(32)]
+    rows = [replace(BASE, seed=i, output_token_ids=list(range(i % 4)), **kinds[i % 12]) for i in range(32)]
     together = sample(logits, rows)
     assert together == [sample(logits[i : i + 1], [rows[i]])[0] for i in range(32)]
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
@@ -130,7 +208,9 @@ def test_a_tiny_temperature_is_greedy() -> None:
 
 def test_log_probabilities() -> None:
     logits = some_logits(3, 100)
-    found = token_logprobs(logits, [4, 7, 9], [0, 3, 100])
+    found = token_logprobs(logits, [4, 7, 9], [0, 3, 100], [(), (8, 2), (9,)])
+    assert [[i for i, _ in item.named] for item in found] == [[], [8, 2], [9]]
+    assert found[1].named[1][1] == pytest.approx(float(logits.log_softmax(-1)[1, 2]), abs=1e-6)
     expected = logits.log_softmax(-1)
     for row, (item, token, k) in enumerate(zip(found, [4, 7, 9], [0, 3, 100], strict=True)):
         assert item.token_id == token

@@ -45,6 +45,9 @@ SAMPLINGS = [
     SamplingParams(temperature=0.6, top_k=5, seed=3),
     SamplingParams(temperature=1.0, top_p=0.8, presence_penalty=0.4, seed=4),
     SamplingParams(temperature=0.8, min_p=0.05, logit_bias=((42, 4.0), (7, -3.0)), seed=5),
+    SamplingParams(temperature=0.9, typical_p=0.7, no_repeat_ngram_size=6, seed=8),
+    SamplingParams(temperature=0.0, bad_words=((40, 41), (7,)), logit_bias=((40, 9.0), (41, 9.0))),
+    SamplingParams(allowed_words=((40, 41, 42), (43, 44), (45,)), seed=9),
     # So that it repeats itself: one token again and again, and any order of three.
     SamplingParams(temperature=0.0, logit_bias=((42, 100.0),)),
     SamplingParams(temperature=1.0, logit_bias=((40, 30.0), (41, 30.0), (42, 30.0)), seed=6),

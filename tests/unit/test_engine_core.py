@@ -125,6 +125,36 @@ def test_a_resumed_answer_goes_on_with_the_same_tokens(made, cut) -> None:
         assert [*had[index], *sink.tokens[index]] == tokens
 
 
+def test_sixteen_samples_cost_a_tenth_of_a_prefill_more() -> None:
+    runner, sink = BookkeepingRunner(), Sink()
+    limits = replace(LIMITS, num_blocks=129, max_model_len=256, max_num_seqs=16, enable_prefix_caching=False)
+    engine = InlineEngine(runner, limits, clock=Clock())
+    engine.submit(request(0, [1] * 200, max_tokens=1, n=16), sink)
+    engine.run()
+    assert len(sink.finish) == 16
+    assert 200 <= runner.rows_computed <= 1.1 * 200
+
+
+def test_a_request_that_leaves_no_token_to_choose_ends_alone() -> None:
+    class Exhausting(BookkeepingRunner):
+        def execute(self, schedule: Schedule) -> StepResult:
+            result = super().execute(schedule)
+            for item, row in zip(schedule.scheduled, result.rows, strict=True):
+                if item.sequence.request.request_id == 1 and item.sequence.num_output_tokens == 2:
+                    row.token_ids, row.exhausted = [], True
+            return result
+
+    engine, sinks = InlineEngine(Exhausting(), LIMITS, clock=Clock()), [Sink(), Sink()]
+    items = [request(i, [1, 2, 3]) for i in range(2)]
+    for item, sink in zip(items, sinks, strict=True):
+        engine.submit(item, sink)
+    engine.run()
+    assert sinks[0].tokens[0] == expected(items[0], 0)
+    assert sinks[1].tokens[0] == expected(items[1], 0)[:2]
+    assert sinks[1].finish[0].finish_reason is FinishReason.ABORT
+    assert engine.core.pool.num_used == 0
+
+
 def test_samples_share_one_prefill() -> None:
     runner, sink = BookkeepingRunner(), Sink()
     engine = InlineEngine(runner, replace(LIMITS, enable_prefix_caching=False), clock=Clock())

@@ -22,7 +22,18 @@ ENGINE = "salver.server.engine"
 WORKER = tuple(f"{ENGINE}.{name}" for name in ("batch", "draft_model", "runner", "startup", "worker"))
 PURE = tuple(
     f"{ENGINE}.{name}"
-    for name in ("request", "config", "errors", "sequence", "blocks", "drafts", "scheduler", "core", "inline")
+    for name in (
+        "request",
+        "config",
+        "errors",
+        "sequence",
+        "blocks",
+        "drafts",
+        "waiting",
+        "scheduler",
+        "core",
+        "inline",
+    )
 )
 # Of salver.model, what the front process uses.
 MODEL_FRONT = tuple(

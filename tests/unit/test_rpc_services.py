@@ -30,6 +30,8 @@ from salver.server.engine.request import (
     Ready,
     SequenceOutput,
     SequenceTimings,
+    StepMessage,
+    StepStats,
 )
 from salver.server.metrics import Metrics
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
@@ -149,8 +151,9 @@ class Service:
         self.metrics = Metrics("tiny", methods=all_methods(), codes=STATUS_CODES)
         self.front = Front(self.metrics.rejected)
         self.admission = Admission(
-            self.config.max_queued_requests, self.config.max_queued_tokens, self.metrics.rejected
-        )
+            self.config.max_queued_requests, self.config.max_queued_tokens, self.metrics.rejected,
+            deadlines=self.config.deadline_admission,
+        )  # fmt: skip
         self.engine = FakeEngine()
         self.rpc = RpcServer(self.config, self.front, self.admission, self.metrics, [("load", 0.5)])
         self.template = template
@@ -245,6 +248,30 @@ def fields_of(details: dict[str, Any]) -> list[str]:
 async def until(condition: Callable[[], Any]) -> None:
     while not condition():  # noqa: ASYNC110 - what is waited for knows of no event
         await asyncio.sleep(0.001)
+
+
+def test_the_configuration_in_force_is_told_with_its_origins() -> None:
+    async def test() -> None:
+        async with service() as served:
+            asked = request(max_tokens=4)
+            asked.sampling.bad_words.extend(["x", "yz"])
+            asked.sampling.bad_token_sequences.add(ids=[5, 6])
+            reply = await served.generation.Generate(asked)
+            told = reply.configuration
+            assert (told.sampling.temperature, told.sampling.top_p, told.stopping.max_tokens) == (0, 1, 4)
+            assert told.sampling.seed == reply.seed
+            assert told.origins["sampling.temperature"] == common_pb2.CONFIGURATION_ORIGIN_REQUEST
+            assert told.origins["sampling.seed"] == common_pb2.CONFIGURATION_ORIGIN_SERVER
+            (engine_request,) = served.engine.requests
+            encode = TOKENIZER.encode
+            assert engine_request.sampling.bad_words == (
+                (5, 6), *(tuple(encode(text)) for text in ("x", " x", "yz", " yz")),
+            )  # fmt: skip
+            asked = stream_request(max_tokens=4)
+            messages = [message async for message in served.generation.StreamGenerate(asked)]
+            assert [bool(m.configuration.origins) for m in messages] == [True] + [False] * (len(messages) - 1)
+
+    run(test)
 
 
 def test_generate() -> None:
@@ -564,6 +591,35 @@ def test_a_full_queue() -> None:
             await asyncio.gather(*waiting)
             await served.generation.Generate(request())
             assert served.metric("salver_rejections_total") == 1
+
+    run(test)
+
+
+def test_a_deadline_that_cannot_be_met() -> None:
+    """Refused on arrival, with push-back; a request without hurry waits; nothing stays behind."""
+
+    async def test() -> None:
+        async with service() as served:
+            served.admission.ready(served.front.model.ready)
+            for _ in range(20):  # steps take a second: 8 places, 10 tokens are 10 s
+                served.admission.forecast.stepped(StepMessage([], [], StepStats(8, 8, 1.0, 1.0)))
+            served.engine.hold.clear()
+            patient = [
+                asyncio.ensure_future(served.generation.Generate(request(max_tokens=10))) for _ in range(9)
+            ]
+            await until(lambda: len(served.engine.requests) == 9)
+            hurried = request(max_tokens=10)
+            hurried.priority = -9  # behind the others
+            code, details = await failure(served.generation.Generate(hurried, timeout=15))
+            assert code is Code.RESOURCE_EXHAUSTED and details["pushback"] and "RetryInfo" in details
+            assert details["ErrorInfo"].reason == "DEADLINE_TOO_SHORT" and len(served.engine.requests) == 9
+            score = generation_pb2.ScoreRequest(inputs=[score_input("ab", "c")], priority=-9)
+            assert (await failure(served.generation.Score(score, timeout=5)))[0] is Code.RESOURCE_EXHAUSTED
+            assert served.metric("salver_rejections_total", reason="deadline") == 2
+            served.engine.hold.set()
+            await asyncio.gather(*patient)
+            assert served.admission.forecast.idle
+            await served.generation.Generate(hurried, timeout=5)
 
     run(test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_every_flag_is_in_the_help_with_its_variable(capsys: pytest.CaptureFixtu
         assert f"[{environment_variable_of(field.name)}]" in text
 
 
-def test_every_flag_changes_its_field() -> None:
+def test_every_flag_changes_its_field(tmp_path: Path) -> None:
     """A flag that does nothing would be a lie in the help."""
     words = {
         "served_name": "n", "cache_dir": "/c", "host": "::1", "port": "1", "metrics_host": "::",
@@ -49,22 +50,32 @@ def test_every_flag_changes_its_field() -> None:
         "numerics": "fast", "kernels": "torch", "threads": "3", "max_model_len": "7", "max_num_seqs": "4",
         "max_num_batched_tokens": "5", "kv_cache_memory": "6", "max_samples": "2", "max_queued_requests": "8",
         "max_queued_tokens": "9", "drain_period": "500ms", "log_level": "debug",
+        "tls_cert": "/cert", "tls_key": "/key", "tls_client_ca": "/ca", "tokens": "/tokens",
+        "health_port": "6",
         "speculation": "ngram", "speculative_model": "/d", "num_draft_tokens": "3",
     }  # fmt: skip
+    pair = {"tls_cert": "/cert", "tls_key": "/key"}  # one is refused without the other
     default = parse_config(["m"], {})
     for field in dataclasses.fields(ServerConfig):
         if field.name == "model":
             continue
         value = [words[field.name]] if field.name in words else []
-        by_flag = parse_config(["m", flag_of(field.name), *value], {})
-        by_variable = parse_config(["m"], {environment_variable_of(field.name): (value or ["true"])[0]})
-        assert by_flag == by_variable
+        beside = {k: v for k, v in pair.items() if field.name.startswith("tls_") and k != field.name}
+        flags = [word for name, text in beside.items() for word in (flag_of(name), text)]
+        variables = {environment_variable_of(name): text for name, text in beside.items()}
+        by_flag = parse_config(["m", flag_of(field.name), *value, *flags], {})
+        variables[environment_variable_of(field.name)] = (value or ["true"])[0]
+        assert by_flag == parse_config(["m"], variables)
+        written = "".join(f"{flag_of(name)[2:]} = {json.dumps(text)}\n" for name, text in beside.items())
+        written += f"{flag_of(field.name)[2:]} = {json.dumps(value[0]) if value else 'true'}\n"
+        (tmp_path / "salver.toml").write_text(written)
+        assert by_flag == parse_config(["m", "--config", str(tmp_path / "salver.toml")], {})
         changed = [
             f.name
             for f in dataclasses.fields(ServerConfig)
             if getattr(by_flag, f.name) != getattr(default, f.name)
         ]
-        assert changed == [field.name]
+        assert sorted(changed) == sorted([field.name, *beside])
 
 
 def test_a_flag_wins_over_the_environment() -> None:
@@ -157,3 +168,38 @@ def test_what_the_worker_is_told() -> None:
         "/c", "float32", 2, "digest",
     )  # fmt: skip
     assert (engine.enable_prefix_caching, engine.kv_cache_memory) == (False, 1 << 20)
+
+
+def test_a_file_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The flag wins, then the variable, then the file; what the file cannot say is refused by name."""
+    file = tmp_path / "salver.toml"
+    file.write_text('model = "m"\nport = 1\nthreads = 2\nmax-num-seqs = 3\noffline = true\n')
+    environ = {"SALVER_CONFIG": str(file), "SALVER_THREADS": "7", "SALVER_MAX_NUM_SEQS": "8"}
+    config = parse_config(["--max-num-seqs", "9"], environ)
+    assert (config.model, config.port, config.threads, config.max_num_seqs) == ("m", 1, 7, 9)
+    assert config.offline
+    file.write_text("offline = false\n")
+    assert not parse_config(["m", f"--config={file}"], {}).offline
+    for text, complaint in (
+        ("max-num-seq = 3", "no flag --max-num-seq; is it max-num-seqs?"),
+        ("stop = [1]", "no flag --stop"),
+        ("threads = [1]", "threads must be a text, a number"),
+        ("threads = ", "cannot be read"),
+        ("threads = 0", "--threads"),
+    ):
+        file.write_text(text + "\n")
+        assert complaint in refused(capsys, "m", "--config", str(file))
+    assert "--config" in refused(capsys, "m", "--config", str(tmp_path / "none"))
+    assert "--config" in refused(capsys, "m", "--config")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--tls-cert", "/c"], "--tls-cert: needs --tls-key"),
+        (["--tls-key", "/k"], "--tls-key: needs --tls-cert"),
+        (["--tls-client-ca", "/a"], "--tls-client-ca: needs --tls-cert"),
+    ],
+)
+def test_half_of_tls(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refused(capsys, "m", *flags)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
+from salver.model.generation_config import GenerationConfig
 from salver.server.engine.request import Ready
 from salver.server.rpc.errors import ApiError
 from salver.server.rpc.served import RequestLimits, ServedModel
@@ -20,6 +21,7 @@ from salver.server.rpc.validation import (
     check_prompt,
     check_score_length,
     room,
+    room_for,
     stopping_of,
 )
 from salver.v1 import common_pb2, generation_pb2
@@ -99,6 +101,43 @@ def test_the_ends_of_the_ranges_are_inside() -> None:
 def test_stopping(stopping: dict[str, Any], path: str) -> None:
     request = generation_pb2.GenerateRequest(stopping=common_pb2.StoppingParams(**stopping))
     assert found(request) == [path]
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"typical_p": 0}, "typical_p"),
+        ({"typical_p": 1.5}, "typical_p"),
+        ({"bad_words": ["a", ""]}, "bad_words[1]"),
+        ({"bad_words": ["x" * 300]}, "bad_words[0]"),
+        ({"allowed_words": ["x"] * 300}, "allowed_words"),
+        ({"bad_token_sequences": [{"ids": []}]}, "bad_token_sequences[0].ids"),
+        ({"bad_token_sequences": [{"ids": [1, 50]}]}, "bad_token_sequences[0].ids[1]"),
+        ({"allowed_token_ids": [50]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": [1] * 5000}, "allowed_token_ids"),
+    ],
+)
+def test_words(fields: dict[str, Any], path: str) -> None:
+    assert found(sampling(**fields)) == [f"sampling.{path}"]
+
+
+def test_named_log_probabilities() -> None:
+    def named(**fields: Any) -> Any:
+        return generation_pb2.GenerateRequest(logprobs=common_pb2.LogprobParams(**fields))
+
+    assert found(named(token_ids=[3, 50])) == ["logprobs.token_ids[1]"]
+    assert found(named(token_ids=[3] * 200)) == ["logprobs.token_ids"]
+    params = check_generation(named(token_ids=[3, 4]), MODEL, Violations())
+    assert (params.output_top_k, params.logprob_token_ids) == (0, (3, 4))
+
+
+def test_the_checkpoints_max_tokens_gives_way_to_the_context() -> None:
+    model = replace(MODEL, generation_config=GenerationConfig(max_tokens=80))
+    params = check_generation(generation_pb2.GenerateRequest(), model, Violations())
+    assert (room_for(params, 10, LIMITS), room_for(params, 40, LIMITS)) == (80, 60)
+    asked = generation_pb2.GenerateRequest(stopping=common_pb2.StoppingParams(max_tokens=80))
+    with pytest.raises(ApiError):
+        room_for(check_generation(asked, model, Violations()), 40, LIMITS)
 
 
 def test_everything_at_once() -> None:

@@ -19,6 +19,7 @@ from salver.client.errors import (
     Unavailable,
 )
 from salver.client.options import ConnectionOptions
+from salver.client.security import Tls, token_from_file
 from salver.client.types import (
     Candidate,
     ChatOptions,
@@ -29,11 +30,13 @@ from salver.client.types import (
     Limits,
     Message,
     Model,
+    Origin,
     Resume,
     Role,
     ScoreOptions,
     ScoreResult,
     ServerInfo,
+    Setting,
     StopMatch,
     Timings,
     Token,
@@ -63,6 +66,7 @@ __all__ = [
     "Message",
     "Model",
     "NotFound",
+    "Origin",
     "OutOfRange",
     "PermissionDenied",
     "ResourceExhausted",
@@ -72,12 +76,15 @@ __all__ = [
     "ScoreOptions",
     "ScoreResult",
     "ServerInfo",
+    "Setting",
     "StopMatch",
     "Stream",
     "Timings",
+    "Tls",
     "Token",
     "TokenLogprob",
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "token_from_file",
 ]

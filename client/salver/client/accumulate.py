@@ -24,6 +24,7 @@ class Accumulator:
             delta,
             prompt_logprobs=known.prompt_logprobs + delta.prompt_logprobs,
             prompt_token_ids=known.prompt_token_ids or delta.prompt_token_ids,
+            configuration=known.configuration or delta.configuration,
         )
 
     @property

@@ -156,16 +156,16 @@ class AsyncClient:
     def __init__(
         self, address: Address = "127.0.0.1:50051", options: ConnectionOptions | None = None
     ) -> None:
-        """Raises AddressError (a ValueError) for what is no address or cannot be looked up."""
+        """Raises AddressError (a ValueError) for what is no address or cannot be looked up, and OSError
+        for certificate files that cannot be read."""
         self._options = options or ConnectionOptions()
         self._target = to_target(address)
         uri, arguments = self._target.uri, self._options.arguments(self._target.several)
-        if self._options.credentials is None:
+        credentials = self._options.channel_credentials()
+        if credentials is None:
             self._channel = grpc.aio.insecure_channel(uri, arguments, self._options.compression)
         else:
-            self._channel = grpc.aio.secure_channel(
-                uri, self._options.credentials, arguments, self._options.compression
-            )
+            self._channel = grpc.aio.secure_channel(uri, credentials, arguments, self._options.compression)
         self._stubs = rpcs.Stubs(self._channel)
         self._slots = _Slots(self._options.max_concurrent_calls)
         self._unbounded = _Slots(None)
@@ -271,7 +271,7 @@ class AsyncClient:
             while True:
                 try:
                     reply = await method(
-                        attempts.request(), timeout=attempts.left(), metadata=self._options.metadata
+                        attempts.request(), timeout=attempts.left(), metadata=self._options.call_metadata()
                     )
                 except grpc.RpcError as error:
                     pause = attempts.pause(error)
@@ -285,6 +285,6 @@ class AsyncClient:
         method = rpc.method(self._stubs)
 
         def start(request: Any, timeout: float) -> Any:
-            return method(request, timeout=timeout, metadata=self._options.metadata)
+            return method(request, timeout=timeout, metadata=self._options.call_metadata())
 
         return AsyncStream(start, Resumption(rpc, self._options, self._target.several), self._slots)

@@ -13,10 +13,12 @@ from salver.client.types import (
     Limits,
     Message,
     Model,
+    Origin,
     Resume,
     Role,
     ScoreResult,
     ServerInfo,
+    Setting,
     StopMatch,
     Timings,
     Token,
@@ -39,6 +41,11 @@ _SAMPLING = (
     "top_k",
     "n",
     "seed",
+    "typical_p",
+    "no_repeat_ngram_size",
+    "bad_words",
+    "allowed_words",
+    "allowed_token_ids",
 )
 _STOPPING = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 _ROLES = {
@@ -51,6 +58,12 @@ _FINISH_REASONS = {
     common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     common_pb2.FINISH_REASON_ABORT: FinishReason.ABORT,
+}
+
+_ORIGINS = {
+    common_pb2.CONFIGURATION_ORIGIN_REQUEST: Origin.REQUEST,
+    common_pb2.CONFIGURATION_ORIGIN_CHECKPOINT: Origin.CHECKPOINT,
+    common_pb2.CONFIGURATION_ORIGIN_SERVER: Origin.SERVER,
 }
 
 
@@ -75,6 +88,8 @@ def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any
     rest = {name: value for name, value in options.items() if value is not None and name != "timeout"}
     sampling = common_pb2.SamplingParams(**_take(rest, _SAMPLING))
     sampling.logit_bias.update(rest.pop("logit_bias", {}))
+    for ids in rest.pop("bad_token_sequences", ()):
+        sampling.bad_token_sequences.add(ids=ids)
     stop = rest.pop("stop", ())
     stopping = common_pb2.StoppingParams(
         stop=[stop] if isinstance(stop, str) else stop,
@@ -82,9 +97,11 @@ def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any
         **_take(rest, _STOPPING),
     )
     fields: dict[str, Any] = {"sampling": sampling, "stopping": stopping, **inputs}
-    if "logprobs" in rest or "prompt_logprobs" in rest:
+    if not rest.keys().isdisjoint(("logprobs", "prompt_logprobs", "logprob_token_ids")):
         fields["logprobs"] = common_pb2.LogprobParams(
-            output_top_k=rest.pop("logprobs", None), prompt_top_k=rest.pop("prompt_logprobs", None)
+            output_top_k=rest.pop("logprobs", None),
+            prompt_top_k=rest.pop("prompt_logprobs", None),
+            token_ids=rest.pop("logprob_token_ids", ()),
         )
     if "resume" in rest:
         fields["resume"] = to_resume(rest.pop("resume"))
@@ -134,6 +151,7 @@ def from_generation(reply: Any) -> GenerateResult:
         seed=reply.seed,
         numerics_id=reply.numerics_id,
         prompt_token_ids=tuple(reply.prompt_token_ids),
+        configuration=_configuration(reply.configuration),
     )
 
 
@@ -207,10 +225,39 @@ def _logprobs(logprobs: Iterable[common_pb2.TokenLogprob]) -> tuple[TokenLogprob
             token=p.token,
             logprob=p.logprob if p.HasField("logprob") else None,
             rank=p.rank,
-            top=tuple(Candidate(c.token_id, c.token, c.logprob) for c in p.top),
+            top=_candidates(p.top),
+            named=_candidates(p.named),
         )
         for p in logprobs
     )
+
+
+def _candidates(candidates: Iterable[common_pb2.Candidate]) -> tuple[Candidate, ...]:
+    return tuple(Candidate(c.token_id, c.token, c.logprob) for c in candidates)
+
+
+def _configuration(configuration: common_pb2.GenerationConfiguration) -> dict[str, Setting]:
+    settings = {}
+    for prefix in ("sampling", "stopping"):
+        part = getattr(configuration, prefix)
+        for field in part.DESCRIPTOR.fields:
+            name = f"{prefix}.{field.name}"
+            if name in configuration.origins and (origin := _ORIGINS.get(configuration.origins[name])):
+                settings[field.name] = Setting(_plain(getattr(part, field.name)), origin)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """A field's value without protobuf: a number, a text, a tuple or a dict."""
+    if isinstance(value, common_pb2.TokenIds):
+        return tuple(value.ids)
+    if isinstance(value, float):
+        return float(f"{value:.7g}")  # of 32 bits on the wire
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_plain(item) for item in value)
+    return value
 
 
 def _usage(usage: common_pb2.Usage) -> Usage:

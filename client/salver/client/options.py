@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+
+from salver.client.security import BearerToken, Tls
 
 GENERATION_TIMEOUT = 300.0  # seconds, for calls that generate or score
 DEFAULT_TIMEOUT = 60.0  # for the others
@@ -17,8 +19,11 @@ class ConnectionOptions:
     """Of a channel.
 
     Attributes:
-        credentials: TLS; None is plaintext.
-        metadata: sent with every call, e.g. (("authorization", "Bearer ..."),).
+        tls: TLS, from files; None is plaintext.
+        token: a bearer token, sent with every call; or a function that gives it, asked each time
+            (`token_from_file`). Over plaintext, everybody on the way can read it.
+        credentials: TLS of gRPC's own making, instead of `tls`.
+        metadata: sent with every call.
         max_message_bytes: of one message, in either direction; the server has a limit of its own.
         keepalive: seconds between pings on a quiet connection with calls under way.
         max_attempts: a call that ends UNAVAILABLE before its first message is tried so often in
@@ -36,8 +41,10 @@ class ConnectionOptions:
         channel_arguments: further gRPC channel arguments.
     """
 
+    tls: Tls | None = None
+    token: BearerToken | None = field(default=None, repr=False)
     credentials: grpc.ChannelCredentials | None = None
-    metadata: tuple[tuple[str, str], ...] = ()
+    metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     max_message_bytes: int = 16 << 20
     keepalive: float = 30.0
     max_attempts: int = 4
@@ -50,12 +57,25 @@ class ConnectionOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
+        if self.tls is not None and self.credentials is not None:
+            raise ValueError("tls and credentials are two ways to say one thing: give one of them")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}; 1 is the least, no retry")
         if self.resume_attempts < 0:
             raise ValueError(f"resume_attempts is {self.resume_attempts}; 0 is the least, never")
         if self.max_concurrent_calls is not None and self.max_concurrent_calls < 1:
             raise ValueError(f"max_concurrent_calls is {self.max_concurrent_calls}; None is no bound")
+
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """TLS, however it was given; None is plaintext. Raises OSError for files that cannot be read."""
+        return self.credentials if self.tls is None else self.tls.credentials()
+
+    def call_metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with a call. Raises what the function that gives the token raises."""
+        if self.token is None:
+            return self.metadata
+        token = self.token if isinstance(self.token, str) else self.token()
+        return (*self.metadata, ("authorization", f"Bearer {token}"))
 
     def arguments(self, several: bool = False) -> list[tuple[str, Any]]:
         """As gRPC channel arguments, the retry policy in the service config.
@@ -92,5 +112,6 @@ class ConnectionOptions:
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 5_000),
             ("grpc.dns_min_time_between_resolutions_ms", 5_000),
+            *(self.tls.arguments() if self.tls is not None else ()),
             *self.channel_arguments,
         ]

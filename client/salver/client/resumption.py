@@ -157,7 +157,14 @@ class Resumption(Attempts):
             # Of the whole call: what its caller brought, not what we brought from server to server.
             brought = self._rpc.resume.samples.values() if self._rpc.resume else ()
             usage = replace(usage, resumed_tokens=sum(map(len, brought)))
-        return replace(message, completions=tuple(new), prompt_token_ids=(), prompt_logprobs=(), usage=usage)
+        return replace(
+            message,
+            completions=tuple(new),
+            prompt_token_ids=(),
+            prompt_logprobs=(),
+            configuration={},
+            usage=usage,
+        )
 
     def _is_new(self, part: Completion) -> bool:
         """Whether a delta adds something to its sample. Raises DataLoss."""

@@ -66,13 +66,17 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token with its log-probability (None for the first prompt token) and rank (1 is the best)."""
+    """A token with its log-probability (None for the first prompt token) and rank (1 is the best).
+
+    `named` are the tokens of `logprob_token_ids`, in their order.
+    """
 
     token_id: int
     token: bytes
     logprob: float | None
     rank: int
     top: tuple[Candidate, ...] = ()
+    named: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +115,28 @@ class Timings:
     preemptions: int = 0
 
 
+class Origin(enum.Enum):
+    """Who said a value of the configuration: the request, generation_config.json, or the server's default."""
+
+    REQUEST = "request"
+    CHECKPOINT = "checkpoint"
+    SERVER = "server"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value of the configuration in force, and where it came from."""
+
+    value: Any
+    origin: Origin
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """A whole answer; in a stream, one message of it."""
+    """A whole answer; in a stream, one message of it.
+
+    `configuration` is what the request was answered with, by name; in a stream, in the first message.
+    """
 
     request_id: str
     model: str
@@ -124,6 +147,7 @@ class GenerateResult:
     seed: int = 0
     numerics_id: str = ""
     prompt_token_ids: tuple[int, ...] = ()
+    configuration: Mapping[str, Setting] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -211,12 +235,14 @@ class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of every generating call; what is left out is the server's default.
 
     `timeout` is in seconds, `logprobs` and `prompt_logprobs` say how many of the most probable
-    tokens to return at each position (0: the chosen one alone).
+    tokens to return at each position (0: the chosen one alone), `logprob_token_ids` which others.
+    What each of the others does is said in docs/generation.md.
     """
 
     temperature: float
     top_p: float
     min_p: float
+    typical_p: float
     top_k: int
     repetition_penalty: float
     presence_penalty: float
@@ -224,6 +250,11 @@ class GenerationOptions(TypedDict, total=False):
     n: int
     seed: int
     logit_bias: Mapping[int, float]
+    no_repeat_ngram_size: int
+    bad_words: Sequence[str]
+    allowed_words: Sequence[str]
+    bad_token_sequences: Sequence[Sequence[int]]
+    allowed_token_ids: Sequence[int]
     max_tokens: int
     min_tokens: int
     stop: str | Sequence[str]
@@ -232,6 +263,7 @@ class GenerationOptions(TypedDict, total=False):
     include_stop: bool
     logprobs: int
     prompt_logprobs: int
+    logprob_token_ids: Sequence[int]
     priority: int
     cache_salt: str
     resume: Resume

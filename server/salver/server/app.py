@@ -25,6 +25,7 @@ from salver.model.chat_template import ChatTemplate, ChatTemplateError
 from salver.model.checkpoint import resolve_checkpoint, weights_digest
 from salver.model.config_reader import read_spec
 from salver.model.errors import CheckpointError
+from salver.model.generation_config import GenerationConfig
 from salver.model.kernels.build import KernelUnavailable, find_or_build
 from salver.model.precision import default_dtype_name
 from salver.model.spec import ModelSpec
@@ -34,9 +35,10 @@ from salver.server.catalog import CATALOG, CatalogError, fetch
 from salver.server.config import ServerConfig
 from salver.server.engine.errors import EngineStartError
 from salver.server.engine.process import EngineProcess, EngineState
-from salver.server.engine.request import Ready
+from salver.server.engine.request import Ready, StepMessage
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
+from salver.server.reloading import BadFile
 from salver.server.rpc.models import version
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_methods
@@ -72,6 +74,9 @@ async def _in_daemon_thread(work: Callable[[], _T]) -> _T:
 
     threading.Thread(target=run, daemon=True, name="start").start()
     return await result
+
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class StartError(Exception):
@@ -123,6 +128,7 @@ class _Loaded:
     spec: ModelSpec
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
+    generation_config: GenerationConfig
 
 
 def served_name(config: ServerConfig) -> str:
@@ -200,6 +206,7 @@ def load_front(checkpoint: Path) -> _Loaded:
             read_spec(checkpoint),
             Tokenizer.from_directory(checkpoint),
             ChatTemplate.from_directory(checkpoint),
+            GenerationConfig.from_directory(checkpoint),
         )
     except (CheckpointError, ChatTemplateError) as error:
         raise StartError(str(error)) from error
@@ -208,8 +215,12 @@ def load_front(checkpoint: Path) -> _Loaded:
 class Application:
     """The parts of one server. `run()` once, on the loop that it was made on."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(
+        self, config: ServerConfig, make_engine: Callable[..., EngineProcess] = EngineProcess
+    ) -> None:
+        """`make_engine` is called as EngineProcess is, with the configuration and what to tell."""
         self.config = config
+        self._make_engine = make_engine
         self.name = served_name(config)
         self.phases = StartupPhases()
         self.metrics = Metrics(
@@ -220,9 +231,13 @@ class Application:
         )
         self.front = Front(self.metrics.rejected)
         self.admission = Admission(
-            config.max_queued_requests, config.max_queued_tokens, self.metrics.rejected
-        )
-        self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
+            config.max_queued_requests, config.max_queued_tokens, self.metrics.rejected,
+            deadlines=config.deadline_admission,
+        )  # fmt: skip
+        try:
+            self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
+        except BadFile as error:
+            raise StartError(str(error)) from error
         self.engine: EngineProcess | None = None
         self._signalled = asyncio.Event()
 
@@ -236,6 +251,7 @@ class Application:
         try:
             self.address = await self._open()
             _say(f"listening on {self.address}")
+            self._say_guards()
             metrics_server = await self._open_metrics()
             try:
                 await self._unless_signalled(self._load())
@@ -258,8 +274,20 @@ class Application:
         _say("ended by a second signal")
         os._exit(128 + number)
 
+    def _say_guards(self) -> None:
+        """What of TLS and tokens is on; and a warning where tokens travel in the clear."""
+        config = self.config
+        tls = "" if config.tls_cert is None else "mTLS" if config.tls_client_ca is not None else "TLS"
+        on = [word for word in (tls, "tokens" if config.tokens is not None else "") if word]
+        if on:
+            _say(f"calls need {' and '.join(on)}")
+        if config.tokens is not None and not tls and config.host not in _LOOPBACK:
+            _log.warning("--tokens without --tls-cert: everybody on the way can read the tokens")
+
     async def _open(self) -> str:
         try:
+            if (probes := await self.rpc.open_health_port()) is not None:
+                _say(f"health on {probes}")
             return await self.rpc.open()
         except PortInUse as error:
             raise StartError(str(error)) from error
@@ -302,11 +330,11 @@ class Application:
         with phases.phase("find the kernel"):
             library, reason = await _in_daemon_thread(lambda: find_kernel(self.config))
         started = time.monotonic()
-        self.engine = EngineProcess(
+        self.engine = self._make_engine(
             self.config.engine_config(
                 checkpoint, digest, kernel_library=library, no_kernel=reason, speculative_checkpoint=draft
             ),
-            on_step=self.metrics.step,
+            on_step=self._on_step,
             on_state=self._on_engine_state,
         )
         self.metrics.worker.worker = self.engine
@@ -328,7 +356,11 @@ class Application:
             phases.add(name, seconds)
             after_torch = 0.0 if name == "import torch" else after_torch + seconds
         model = self._served_model(loaded, ready, digest)
-        self.admission.places = ready.max_num_seqs
+        self.admission.ready(ready)
+        if ignored := loaded.generation_config.ignored:
+            log_event(
+                _log, logging.WARNING, "not implemented, of generation_config.json", fields=",".join(ignored)
+            )
         self.front.serve(model, self.engine)
         self.rpc.health.set_ready(True)
         phases.add("since torch was imported", after_torch + time.monotonic() - ready_at)
@@ -354,6 +386,7 @@ class Application:
             chat_template=loaded.chat_template,
             ready=ready,
             weights_digest=digest,
+            generation_config=loaded.generation_config,
             limits=RequestLimits(
                 max_model_len=ready.max_model_len,
                 # Block 0 is the null block of padding rows.
@@ -367,6 +400,10 @@ class Application:
                 max_message_bytes=config.max_message_size,
             ),
         )
+
+    def _on_step(self, message: StepMessage) -> None:
+        self.metrics.step(message)
+        self.admission.forecast.stepped(message)
 
     def _on_engine_state(self, state: EngineState) -> None:
         self.rpc.health.set_engine_state(state)
@@ -382,6 +419,6 @@ class Application:
             metrics_server.server_close()
 
 
-async def run(config: ServerConfig) -> int:
+async def run(config: ServerConfig, make_engine: Callable[..., EngineProcess] = EngineProcess) -> int:
     """Serves as `config` says until a signal ends it. The exit status. Raises StartError."""
-    return await Application(config).run()
+    return await Application(config, make_engine).run()

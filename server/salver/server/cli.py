@@ -1,4 +1,4 @@
-"""`salver serve`: the subcommand that the server adds to the client's command line."""
+"""`salver serve` and `salver token`: the subcommands that the server adds to the client's command line."""
 
 from __future__ import annotations
 
@@ -27,3 +27,22 @@ def command(argv: list[str]) -> int:
     except StartError as error:
         print(f"salver serve: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def token(argv: list[str]) -> int:
+    """Draws a bearer token and prints it, and the entry of the file of `--tokens` that admits it."""
+    import argparse
+    import secrets
+    from hashlib import sha256
+
+    parser = argparse.ArgumentParser(
+        prog="salver token",
+        description="Draw a bearer token. It is printed once and kept nowhere; the entry below it goes into "
+        "the file of `salver serve --tokens`, and admits it there within a second.",
+    )
+    parser.add_argument("tenant", help="whose token it is")
+    tenant = parser.parse_args(argv).tenant
+    drawn = f"salver_{secrets.token_urlsafe(32)}"
+    print(f"{drawn}\n", flush=True)
+    print(f'[[tokens]]\nsha256 = "{sha256(drawn.encode()).hexdigest()}"\ntenant = "{tenant}"')
+    return 0

@@ -1,7 +1,8 @@
 """What `salver serve` can be told: one table of flags, environment variables, help and defaults.
 
-Every field of `ServerConfig` is a flag (`max_model_len` is `--max-model-len`) and an
-environment variable (`SALVER_MAX_MODEL_LEN`); the flag wins. A bad value ends the
+Every field of `ServerConfig` is a flag (`max_model_len` is `--max-model-len`), an environment
+variable (`SALVER_MAX_MODEL_LEN`) and a key of the file of `--config` (`max-model-len`); the flag
+wins, then the variable. A bad value ends the
 start with exit code 2 and a message that names the flag.
 """
 
@@ -9,62 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import configargparse
 
+from salver.server.config_file import config_file_values
 from salver.server.engine.config import EngineConfig
+from salver.server.flags import flag as _flag
+from salver.server.flags import integer as _integer
+from salver.server.flags import parse_duration, parse_size, port_or_off
+from salver.server.security_config import SecurityConfig, check_security
 
 DEFAULT_DRAFT_TOKENS = 8
+_CONFIG_VARIABLE = "SALVER_CONFIG"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise configargparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum or (maximum is not None and value > maximum):
-            bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-            raise configargparse.ArgumentTypeError(f"{value} must be {bounds}")
-        return value
-
-    return parse
-
-
-_SIZE_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: factor**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, factor in (("iB", 1024), ("i", 1024), ("B", 1000), ("", 1000))
-}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `512MiB`, `1.5GiB`, `2GB` (thousands) or a bare number of bytes; above 0."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = match and next((u for u in _SIZE_UNITS if u.lower() == match[2].lower()), None)
-    if match is None or unit is None:
-        raise configargparse.ArgumentTypeError(f"{text!r} is not a size; write for example 512MiB or 2GiB")
-    size = int(float(match[1]) * _SIZE_UNITS[unit])
-    if size < 1:
-        raise configargparse.ArgumentTypeError(f"{text!r} must be above 0")
-    return size
-
-
-_SECONDS = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of `30`, `30s`, `500ms`, `5m` or `1h`; at least 0."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|)\s*", text)
-    if match is None:
-        raise configargparse.ArgumentTypeError(f"{text!r} is not a duration; write for example 30s or 5m")
-    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _message_size(text: str) -> int:
@@ -72,12 +34,6 @@ def _message_size(text: str) -> int:
     if size > 2**31 - 1:
         raise configargparse.ArgumentTypeError(f"{text!r} must be below 2GiB")
     return size
-
-
-def _metrics_port(text: str) -> int | None:
-    if text.strip().lower() == "off" or re.fullmatch(r"-\d+", text.strip()):
-        return None
-    return _integer(0, 65535)(text)
 
 
 def _name(text: str) -> str:
@@ -92,29 +48,8 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "salver"
 
 
-def _flag(
-    default: Any,
-    group: str,
-    text: str,
-    *,
-    parse: Callable[[str], Any] = str,
-    metavar: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    shown: str | None = None,
-    negated: bool = False,
-) -> Any:
-    """A row of the table. `shown` is the default as the help says it; `negated` makes it `--no-...`."""
-    row = {
-        "group": group, "help": text, "parse": parse, "metavar": metavar,
-        "choices": choices, "shown": shown, "negated": negated,
-    }  # fmt: skip
-    if default is dataclasses.MISSING:
-        return field(metadata=row)
-    return field(default=default, metadata=row)
-
-
 @dataclass(frozen=True, slots=True)
-class ServerConfig:
+class ServerConfig(SecurityConfig):
     """Everything the server was told. Sizes in bytes, times in seconds; None: the server chooses."""
 
     model: str = _flag(
@@ -137,7 +72,7 @@ class ServerConfig:
     )
     metrics_port: int | None = _flag(
         9090, "Network", "HTTP port of /metrics; 0 takes a free one, 'off' serves none",
-        parse=_metrics_port, metavar="PORT",
+        parse=port_or_off, metavar="PORT",
     )  # fmt: skip
     max_message_size: int = _flag(
         16 * 1024**2, "Network", "largest gRPC message, in either direction",
@@ -218,6 +153,10 @@ class ServerConfig:
         262144, "Limits", "prompt tokens that may wait; beyond: RESOURCE_EXHAUSTED", parse=_integer(1),
         metavar="TOKENS",
     )  # fmt: skip
+    deadline_admission: bool = _flag(
+        True, "Limits", "take also requests that, with what is ahead of them, would end after their deadline",
+        negated=True,
+    )  # fmt: skip
     drain_period: float = _flag(
         30.0, "Limits", "how long running calls may go on after SIGTERM", parse=parse_duration,
         metavar="TIME", shown="30s",
@@ -289,16 +228,25 @@ def environment_variable_of(name: str) -> str:
     return "SALVER_" + (name if name == "model" else flag_of(name)[2:].replace("-", "_")).upper()
 
 
+_INHERITED = frozenset(row.name for row in dataclasses.fields(SecurityConfig))
+
+
 def _parser() -> configargparse.ArgumentParser:
     parser = configargparse.ArgumentParser(
         prog="salver serve",
         description="Serve a model over gRPC.",
-        epilog="Every flag can be set by the environment variable in brackets; the flag wins.",
+        epilog="Every flag can be set by the environment variable in brackets, and in the file of --config; "
+        "the flag wins, then the variable.",
         add_env_var_help=False,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--config", metavar="FILE",
+        help=f"TOML file with flags, as `max-num-seqs = 64` or `offline = true` [{_CONFIG_VARIABLE}]",
+    )  # fmt: skip
     groups: dict[str, Any] = {}
-    for row in dataclasses.fields(ServerConfig):
+    # Inherited fields come first there, and last in the help.
+    for row in sorted(dataclasses.fields(ServerConfig), key=lambda row: row.name in _INHERITED):
         spec = row.metadata
         group = groups.get(spec["group"]) or groups.setdefault(
             spec["group"], parser.add_argument_group(spec["group"])
@@ -333,7 +281,12 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) 
         for name, value in environ.items()
         if name.startswith("SALVER_") and value and not (name == "SALVER_PORT" and "://" in value)
     }
+    file = present.pop(_CONFIG_VARIABLE, None)
+    known = {environment_variable_of(row.name): row.name for row in dataclasses.fields(ServerConfig)}
+    # Below the environment, which is below the command line.
+    present = config_file_values(argv, file, known, parser) | present
     values = vars(parser.parse_args(list(argv), env_vars=present))
+    values.pop("config")
     values["model"] = values["model"] or present.get("SALVER_MODEL")
     if not values["model"]:
         parser.error(
@@ -341,6 +294,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) 
         )
     config = ServerConfig(**values)
     _check_speculation(config, parser)
+    check_security(config, parser)
     same_host = config.resolved_metrics_host == config.host
     if config.port and config.metrics_port == config.port and same_host:
         parser.error(f"argument --metrics-port: {config.port} is the gRPC port (--port) already")

@@ -25,7 +25,11 @@ from prometheus_client.registry import Collector
 from salver.server.engine.request import SequenceTimings, StepMessage
 
 FINISH_REASONS = ("stop", "length", "abort", "score")
-REJECTIONS = ("queue_requests", "queue_tokens", "loading", "draining", "unavailable")
+REJECTIONS = (
+    *("queue_requests", "queue_tokens", "deadline", "loading", "draining", "unavailable"),
+    *("unauthenticated", "permission_denied", "tenant_rate"),
+)
+RELOADS = ("tls", "tokens")
 
 # Seconds. From 1 ms, where a cached prefix on a small model answers, to the longest generations.
 LATENCY_BUCKETS = (
@@ -186,8 +190,8 @@ class Metrics:
         )
 
         rejections = Counter(
-            "salver_rejections_total", "Requests refused for want of capacity.", ["model", "reason"],
-            registry=self.registry,
+            "salver_rejections_total", "Requests refused: for want of capacity, or of the right to call.",
+            ["model", "reason"], registry=self.registry,
         )  # fmt: skip
         self._rejections = {reason: rejections.labels(model, reason) for reason in REJECTIONS}
         success = Counter(
@@ -195,6 +199,16 @@ class Metrics:
             ["model", "finish_reason"], registry=self.registry,
         )  # fmt: skip
         self._success = {reason: success.labels(model, reason) for reason in FINISH_REASONS}
+
+        reloads = Counter(
+            "salver_reloads_total", "Files read again because they had changed, by whether they were good.",
+            ["what", "result"], registry=self.registry,
+        )  # fmt: skip
+        self._reloads = {
+            (what, good): reloads.labels(what, "good" if good else "bad")
+            for what in RELOADS
+            for good in (True, False)
+        }
 
         labels = ["grpc_type", "grpc_service", "grpc_method"]
         self._started = Counter("grpc_server_started_total", "Calls started.", labels, registry=self.registry)
@@ -232,6 +246,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """A request was refused; `reason` is one of REJECTIONS."""
         self._rejections[reason].inc()
+
+    def reloaded(self, what: str, good: bool) -> None:
+        """The files of `what` (one of RELOADS) had changed, and were good or not."""
+        self._reloads[what, good].inc()
 
     def prompt_started(self, num_tokens: int) -> None:
         self._prompt_tokens.inc(num_tokens)

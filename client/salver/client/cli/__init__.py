@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 
 from salver.client.addresses import AddressError
 from salver.client.cli.arguments import build_parser
+from salver.client.cli.connection import UsageError
 from salver.client.errors import SalverError
 
 GROUP = "salver.commands"
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except AddressError as error:
         print(f"salver: --address: {error}", file=sys.stderr)
+        return 2
+    except UsageError as error:
+        print(f"salver: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from salver.client.cli import chat, commands
+from salver.client.cli.connection import add_connection_flags
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--temperature", float, "0 is greedy"),
     ("--top-p", float, "keep the most probable tokens that reach this probability together"),
     ("--top-k", int, "keep this many most probable tokens"),
     ("--min-p", float, "drop tokens less probable than this share of the best"),
+    ("--typical-p", float, "keep the tokens of the most typical surprise that reach this probability"),
     ("--repetition-penalty", float, "above 1 discourages tokens of prompt and output"),
     ("--presence-penalty", float, "subtracted from the logits of tokens in the output"),
     ("--frequency-penalty", float, "the same, once per occurrence"),
+    ("--no-repeat-ngram-size", int, "no so many tokens occur twice"),
     ("--seed", int, "makes the answer reproducible"),
     ("--max-tokens", int, "the end of the context when left out"),
     ("--min-tokens", int, "do not stop before"),
@@ -69,12 +71,7 @@ def _command(subparsers: Any, name: str, run: Any, text: str) -> argparse.Argume
         name, help=text, description=text[0].upper() + text[1:]
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--address",
-        default=os.environ.get("SALVER_ADDRESS", "127.0.0.1:50051"),
-        help="of the server, or of several with commas between them, or a gRPC target like dns:///name:port "
-        "(SALVER_ADDRESS; default 127.0.0.1:50051)",
-    )
+    add_connection_flags(parser)
     parser.add_argument("--timeout", type=float, help="seconds")
     parser.add_argument("--json", action="store_true", help="print JSON, for other programs")
     return parser
@@ -85,6 +82,8 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     for flag, kind, text in _SAMPLING:
         group.add_argument(flag, type=kind, help=text)
     group.add_argument("--stop", action="append", help="end at this text (may be given several times)")
+    group.add_argument("--bad-words", nargs="+", metavar="WORD", help="never write these")
+    group.add_argument("--allowed-words", nargs="+", metavar="WORD", help="write nothing but these")
     group.add_argument(
         "--ignore-eos", action="store_true", default=None, help="go on past the end of sequence"
     )
@@ -93,5 +92,5 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
     """What was given of the generation flags, as keyword arguments of the client."""
     names = [flag[2:].replace("-", "_") for flag, _, _ in _SAMPLING]
-    names += ["stop", "ignore_eos", "timeout", "n"]
+    names += ["stop", "bad_words", "allowed_words", "ignore_eos", "timeout", "n"]
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from salver.client.cli.commands import print_stream
+from salver.client.cli.connection import connect
 from salver.client.cli.output import as_json, read_text
 from salver.client.client import Client
 from salver.client.errors import SalverError
@@ -24,7 +25,7 @@ def chat(options: argparse.Namespace) -> int | None:
 
     given = generation_options(options)
     messages = [Message.system(options.system)] if options.system else []
-    with Client(options.address) as client:
+    with connect(options) as client:
         if options.message is None and sys.stdin.isatty():
             return _converse(client, messages, given)
         messages.append(Message.user(read_text(options.message or "-")))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from salver.client.cli.connection import connect
 from salver.client.cli.output import as_json, read_text, table
-from salver.client.client import Client, Stream
+from salver.client.client import Stream
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -14,7 +15,7 @@ def generate(options: argparse.Namespace) -> None:
 
     given = generation_options(options)
     prompt = read_text(options.prompt)
-    with Client(options.address) as client:
+    with connect(options) as client:
         if options.json or given.get("n", 1) > 1:
             result = client.generate(prompt, **given)
             if options.json:
@@ -37,7 +38,7 @@ def print_stream(stream: Stream) -> str:
 
 
 def score(options: argparse.Namespace) -> None:
-    with Client(options.address) as client:
+    with connect(options) as client:
         pairs = [(options.context, continuation) for continuation in options.continuations]
         results = client.score(pairs, timeout=options.timeout)
     if options.json:
@@ -51,7 +52,7 @@ def score(options: argparse.Namespace) -> None:
 
 
 def tokenize(options: argparse.Namespace) -> None:
-    with Client(options.address) as client:
+    with connect(options) as client:
         tokens = client.tokenize(read_text(options.text), timeout=options.timeout)
     if options.json:
         as_json(tokens)
@@ -61,7 +62,7 @@ def tokenize(options: argparse.Namespace) -> None:
 
 
 def detokenize(options: argparse.Namespace) -> None:
-    with Client(options.address) as client:
+    with connect(options) as client:
         text = client.detokenize(options.token_ids, timeout=options.timeout)
     if options.json:
         as_json({"text": text})
@@ -70,7 +71,7 @@ def detokenize(options: argparse.Namespace) -> None:
 
 
 def models(options: argparse.Namespace) -> None:
-    with Client(options.address) as client:
+    with connect(options) as client:
         found = client.list_models(timeout=options.timeout)
     if options.json:
         as_json(found)
@@ -83,7 +84,7 @@ def models(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    with Client(options.address) as client:
+    with connect(options) as client:
         server = client.server_info(timeout=options.timeout)
     if options.json:
         as_json(server)
@@ -102,7 +103,7 @@ def info(options: argparse.Namespace) -> None:
 
 
 def health(options: argparse.Namespace) -> int:
-    with Client(options.address) as client:
+    with connect(options) as client:
         if options.wait is not None:
             client.wait_until_serving(options.wait)
         status = client.health(options.service, timeout=options.timeout)

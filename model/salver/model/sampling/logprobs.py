@@ -11,16 +11,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of one position. rank 1 is the most probable; `top` is sorted, lower ids first among equals."""
+    """Of one position. rank 1 is the most probable; `top` is sorted, lower ids first among equals.
+
+    `named` are those of the tokens that were asked for by name, in their order.
+    """
 
     token_id: int
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
+    named: tuple[tuple[int, float], ...] = ()
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_k: Sequence[int]) -> list[TokenLogprobs]:
-    """logits float32 [R, V], a token and a number of most probable ones for each row."""
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Sequence[int],
+    top_k: Sequence[int],
+    named: Sequence[tuple[int, ...]] | None = None,
+) -> list[TokenLogprobs]:
+    """logits float32 [R, V]; for each row a token, a number of most probable ones, and named ones."""
     if not token_ids:
         return []
     logprobs = logits.float().log_softmax(dim=-1)
@@ -36,8 +45,19 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_k: Sequence[int
             for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
         ]
     return [
-        TokenLogprobs(token_id, logprob, rank, tuple(top[:k]))
-        for token_id, logprob, rank, top, k in zip(
-            token_ids, chosen[:, 0].tolist(), ranks.tolist(), tops, top_k, strict=True
+        TokenLogprobs(
+            token_ids[row],
+            logprob,
+            rank,
+            tuple(tops[row][: top_k[row]]),
+            _named(logprobs[row], named[row] if named else ()),
         )
+        for row, (logprob, rank) in enumerate(zip(chosen[:, 0].tolist(), ranks.tolist(), strict=True))
     ]
+
+
+def _named(logprobs: Tensor, token_ids: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    if not token_ids:
+        return ()
+    found = logprobs[torch.tensor(token_ids, device=logprobs.device)].tolist()
+    return tuple(zip(token_ids, found, strict=True))

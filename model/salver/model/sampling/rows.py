@@ -10,6 +10,11 @@ from dataclasses import dataclass
 class SamplingRow:
     """Its parameters and its tokens so far. temperature 0 is greedy; the noise is that of
     (seed, sample_index, len(output_token_ids)). `banned_token_ids` cannot be chosen.
+
+    bad_words: sequences of tokens that never become complete. allowed_words: the output is made of
+    these sequences, one after the other, and `stop_token_ids` may follow a whole one.
+    allowed_token_ids: nothing but these and `stop_token_ids`. All three are off when empty.
+    no_repeat_ngram_size: no so many tokens occur twice in prompt and output; 0 is off.
     """
 
     temperature: float
@@ -25,3 +30,9 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     banned_token_ids: Collection[int] = ()
+    typical_p: float = 1.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Collection[int] = ()
+    no_repeat_ngram_size: int = 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from salver.model.sampling.exclusions import allowed_next, ends_of_bad_words, ends_of_ngrams
 from salver.model.sampling.rows import SamplingRow
 
 CANDIDATES = 256  # of the vocabulary; enough for nearly every top_p, a full sort does the others
@@ -55,6 +56,42 @@ def _logit_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 def _banned(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     for row, parameters in zip(logits, rows, strict=True):
         row[torch.tensor(sorted(parameters.banned_token_ids), device=logits.device)] = float("-inf")
+
+
+def _no_repeat_ngram(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """No n-gram of prompt and output occurs twice (Paulus et al. 2017)."""
+    for row, parameters in zip(logits, rows, strict=True):
+        tokens = [*parameters.prompt_token_ids, *parameters.output_token_ids]
+        _exclude(row, ends_of_ngrams(tokens, parameters.no_repeat_ngram_size))
+
+
+def _bad_words(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    for row, parameters in zip(logits, rows, strict=True):
+        tokens = [*parameters.prompt_token_ids, *parameters.output_token_ids]
+        _exclude(row, ends_of_bad_words(tokens, parameters.bad_words))
+
+
+def _allowed(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """A stop token may follow too: anywhere for allowed tokens, after a whole word for allowed words."""
+    for row, parameters in zip(logits, rows, strict=True):
+        stops = parameters.stop_token_ids
+        if parameters.allowed_token_ids:
+            _exclude_others(row, {*parameters.allowed_token_ids, *stops})
+        if parameters.allowed_words:
+            found, whole = allowed_next(parameters.output_token_ids, parameters.allowed_words)
+            _exclude_others(row, {*found, *stops} if whole else found)
+
+
+def _exclude(row: Tensor, token_ids: set[int]) -> None:
+    if token_ids:
+        row[torch.tensor(sorted(token_ids), device=row.device)] = float("-inf")
+
+
+def _exclude_others(row: Tensor, token_ids: set[int]) -> None:
+    index = torch.tensor(sorted(token_ids), dtype=torch.int64, device=row.device)
+    kept = row[index]
+    row.fill_(float("-inf"))
+    row[index] = kept
 
 
 def _temperature(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -103,6 +140,18 @@ def _min_p(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     logits.masked_fill_(logits < best + _column(logits, [row.min_p for row in rows]).log(), float("-inf"))
 
 
+def _typical_p(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """The tokens whose surprise is nearest to the expected one, up to a mass (Meister et al. 2022)."""
+    logprobs = logits.double().log_softmax(dim=-1)
+    weights = logprobs.exp()
+    entropy = -(logprobs * weights).nansum(dim=-1, keepdim=True)
+    ordered, order = (-logprobs - entropy).abs().sort(dim=-1)
+    reached = weights.gather(-1, order).cumsum(dim=-1)
+    last = (reached < _column(reached, [row.typical_p for row in rows])).sum(dim=-1, keepdim=True)
+    threshold = ordered.gather(-1, last.clamp_max(logits.shape[1] - 1))
+    logits.masked_fill_((-logprobs - entropy).abs() > threshold, float("-inf"))
+
+
 def _column(like: Tensor, values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
@@ -119,8 +168,12 @@ STEPS = (
     ),
     Step("logit_bias", lambda row: bool(row.logit_bias), _logit_bias),
     Step("banned", lambda row: bool(row.banned_token_ids), _banned),
+    Step("no_repeat_ngram", lambda row: row.no_repeat_ngram_size > 0, _no_repeat_ngram),
+    Step("bad_words", lambda row: bool(row.bad_words), _bad_words),
+    Step("allowed", lambda row: bool(row.allowed_words or row.allowed_token_ids), _allowed),
     Step("temperature", _samples, _temperature),
     Step("top_k", lambda row: _samples(row) and row.top_k > 0, _top_k),
     Step("top_p", lambda row: _samples(row) and row.top_p < 1.0, _top_p),
     Step("min_p", lambda row: _samples(row) and row.min_p > 0.0, _min_p),
+    Step("typical_p", lambda row: _samples(row) and row.typical_p < 1.0, _typical_p),
 )

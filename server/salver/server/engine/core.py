@@ -35,6 +35,7 @@ class RowResult:
     prompt_logprobs: list[Logprobs] | None = None
     error: str = ""  # this sequence alone failed
     out_of_memory: bool = False  # because it alone does not fit
+    exhausted: bool = False  # its parameters leave no token to choose
 
 
 @dataclass(slots=True)
@@ -134,8 +135,12 @@ class EngineCore:
             self.scheduler.finish(sequence, FinishReason.ABORT)
         self._forget_started(request_id)
 
-    def step(self) -> StepMessage | None:
-        """Runs one step. None when there was nothing to do and nothing to tell."""
+    def step(self, announce: Callable[[StepMessage], None] | None = None) -> StepMessage | None:
+        """Runs one step. None when there was nothing to do and nothing to tell.
+
+        `announce` is told which requests the step begins with, before it computes them: where
+        computing them ends this process, the other side knows whom it computed.
+        """
         begin = self._clock()
         for sequence in self.scheduler.expired(begin):
             self._finish(sequence, FinishReason.DEADLINE)
@@ -147,14 +152,18 @@ class EngineCore:
                 self._started.add(request_id)
                 self._pending.started.append((request_id, begin - sequence.arrival))
         if schedule.scheduled:
+            if announce is not None and self._pending.started:
+                announce(StepMessage([], self._pending.started, None))
+                self._pending.started = []
             result = self._execute(schedule)
             now = self._clock()
             for item, row in zip(schedule.scheduled, result.rows, strict=True):
                 self._take(item, row, now)
             self.steps += 1
             stats = StepStats(
-                schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration
-            )
+                schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration,
+                sum(item.num_tokens - len(item.draft) - 1 for item in schedule.scheduled),
+            )  # fmt: skip
         if self.limits.check_integrity:
             self.scheduler.check_integrity()
         pending, self._pending = self._pending, _Pending()
@@ -209,6 +218,9 @@ class EngineCore:
             reason = FinishReason.MEMORY if row.out_of_memory else FinishReason.ERROR
             self._finish(sequence, reason, error=row.error)
             return
+        if row.exhausted:
+            self._finish(sequence, FinishReason.ABORT, prompt_logprobs=row.prompt_logprobs)
+            return
         if row.prompt_logprobs:
             sequence.next_prompt_logprob += len(row.prompt_logprobs)
         self._advance_and_tell(item, row, now)
@@ -229,6 +241,7 @@ class EngineCore:
             if sequence.first_token is None:
                 sequence.first_token = now
             self.generated_tokens += len(token_ids)
+            self.scheduler.charge(sequence, len(token_ids))
         elif not sequence.generates and sequence.num_computed_tokens == sequence.num_tokens:
             sequence.first_token = sequence.last_token = now
             reason = FinishReason.LENGTH

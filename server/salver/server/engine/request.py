@@ -18,7 +18,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"  # an end-of-sequence token or a stop token id
     LENGTH = "length"  # max_tokens or the end of the context
-    ABORT = "abort"  # the front asked for it
+    ABORT = "abort"  # the front asked for it, or the request's own parameters leave no token to choose
     DEADLINE = "deadline"  # its deadline passed, queued or running
     ERROR = "error"  # its computation failed (NaN); the others went on
     MEMORY = "memory"  # its part of a step alone is more than the memory holds; the others went on
@@ -26,7 +26,11 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen; defaults switch each step off. temperature 0 is greedy."""
+    """How the next token is chosen; defaults switch each step off. temperature 0 is greedy.
+
+    What bad_words, allowed_words, allowed_token_ids and no_repeat_ngram_size mean is said in
+    `salver.model.sampling.SamplingRow`.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -37,6 +41,11 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    typical_p: float = 1.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    no_repeat_ngram_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +77,29 @@ class EngineRequest:
     sample_indices: tuple[int, ...] = (0,)
     outputs: tuple[tuple[int, ...], ...] = ((),)
     output_top_k: int | None = None  # log-probabilities of output tokens: 0 the chosen alone
+    logprob_token_ids: tuple[int, ...] = ()  # and of these tokens, with the output's
     prompt_top_k: int | None = None
     prompt_logprobs_start: int = 0  # first prompt position whose log-probability is wanted
     priority: int = 0
     deadline: float = NO_DEADLINE
     arrival: float = 0.0
     cache_salt: str = ""
+    tenant: str = ""  # whose it is; tenants share the engine by their weights
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities at one position, of the raw logits. `top` is sorted, most probable first."""
+    """Log-probabilities at one position, of the raw logits. `top` is sorted, most probable first.
+
+    `named` are those of the request's logprob_token_ids, in their order.
+    """
 
     token_id: int
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...] = ()
+    named: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -120,6 +136,7 @@ class StepStats:
     num_sequences: int
     duration: float
     model_duration: float  # of it, inside the model's forward pass
+    num_prefill_tokens: int = 0  # tokens beside the newest of each sequence and its drafts
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from salver.model.transformer import Decoder
 from salver.server.engine.batch import Part, build_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
-from salver.server.engine.request import Logprobs
+from salver.server.engine.request import EngineRequest, Logprobs
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
 
@@ -103,21 +103,30 @@ class ModelRunner:
             return
         items = [schedule.scheduled[i] for i in sampling]
         chosen = sample(logits, [row for item in items for row in sampling_rows(item.sequence, item.draft)])
-        wanted: list[tuple[int, int]] = []  # rows of logits, and how many log-probabilities
+        wanted: list[tuple[int, EngineRequest]] = []  # rows of logits, and who asks for log-probabilities
         asking: list[RowResult] = []
         first_row = 0
         for i, item in zip(sampling, items, strict=True):
             result, num_rows = results[i], len(item.draft) + 1
             result.token_ids = agreed(chosen[first_row : first_row + num_rows], item.draft)
+            request = item.sequence.request
             if not result.token_ids:
-                result.error = "the model's logits are not numbers"
-            elif (top_k := item.sequence.request.output_top_k) is not None:
-                wanted += [(first_row + row, top_k) for row in range(len(result.token_ids))]
+                if _are_numbers(logits[first_row]):
+                    result.exhausted = True
+                else:
+                    result.error = "the model's logits are not numbers"
+            elif request.output_top_k is not None:
+                wanted += [(first_row + row, request) for row in range(len(result.token_ids))]
                 asking.append(result)
             first_row += num_rows
         if wanted:
             rows = [row for row, _ in wanted]
-            found = token_logprobs(logits[rows], [chosen[row] for row in rows], [k for _, k in wanted])
+            found = token_logprobs(
+                logits[rows],
+                [chosen[row] for row in rows],
+                [request.output_top_k or 0 for _, request in wanted],
+                [request.logprob_token_ids for _, request in wanted],
+            )
             told = iter(found)
             for result in asking:
                 result.logprobs = [_logprobs(next(told)) for _ in result.token_ids]
@@ -179,6 +188,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def _are_numbers(logits: Tensor) -> bool:
+    """Whether a token could be chosen from these [V], if nothing forbade it."""
+    return bool(logits.isfinite().any()) and not bool(logits.isnan().any())
+
+
 def sampling_rows(sequence: Sequence, draft: tuple[int, ...] = ()) -> list[SamplingRow]:
     """How the tokens after the newest one and after each draft are chosen: as if they stood there."""
     request = sequence.request
@@ -200,6 +214,12 @@ def sampling_rows(sequence: Sequence, draft: tuple[int, ...] = ()) -> list[Sampl
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=output[:length],
             banned_token_ids=stopping.stop_token_ids if length < stopping.min_tokens else (),
+            typical_p=sampling.typical_p,
+            bad_words=sampling.bad_words,
+            allowed_words=sampling.allowed_words,
+            allowed_token_ids=sampling.allowed_token_ids,
+            stop_token_ids=stopping.stop_token_ids,
+            no_repeat_ngram_size=sampling.no_repeat_ngram_size,
         )
         for length in range(first, len(output) + 1)
     ]
@@ -221,4 +241,4 @@ def agreed(chosen: list[int], draft: tuple[int, ...]) -> list[int]:
 
 
 def _logprobs(found: TokenLogprobs) -> Logprobs:
-    return Logprobs(found.token_id, found.logprob, found.rank, found.top)
+    return Logprobs(found.token_id, found.logprob, found.rank, found.top, found.named)

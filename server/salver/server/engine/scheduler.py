@@ -11,10 +11,11 @@ sequences are on their way to their first token (one, or half as many as decode)
 most STRETCH times the tokens that it would take without prompts; otherwise, and while nothing
 decodes, the whole budget is used: a crowd that starts together is better served by that.
 
-Order: the class (arrival in whole priority intervals, less the priority), then the earlier
-deadline, then arrival. The class of a waiting request never changes while that of later
-arrivals grows, so whatever arrives, only requests of priority p' that came less than
-(p' - p + 1) intervals later can overtake one of priority p: nothing starves.
+Order between tenants: see `waiting`. Order within a tenant: the class (arrival in whole priority
+intervals, less the priority), then the earlier deadline, then arrival. The class of a waiting
+request never changes while that of later arrivals grows, so whatever arrives, only requests of
+priority p' that came less than (p' - p + 1) intervals later can overtake one of priority p:
+nothing starves.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from dataclasses import dataclass, field
 from salver.server.engine.blocks import BlockPool
 from salver.server.engine.drafts import Speculation
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
-from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus
+from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus, order_key
+from salver.server.engine.waiting import WaitingQueue
 
 # Three times the tokens take less than twice the time: attention to long contexts and what a step
 # costs anyhow don't grow with them (docs/performance.md, "How cost grows").
@@ -105,7 +107,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0  # prompt tokens looked up
         self.prefix_hits = 0  # and found
-        self._waiting: list[tuple[OrderKey, Sequence]] = []  # a heap; entries that left are skipped
+        self._waiting = WaitingQueue()
         self._deadlines: list[tuple[float, int, int, Sequence]] = []  # a heap, likewise
         self._sequences: dict[int, dict[int, Sequence]] = {}  # by request, sample; unfinished ones
         self._copies: list[tuple[int, int]] = []
@@ -208,6 +210,10 @@ class Scheduler:
         if sequence.followers and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
             self._fork_followers(sequence)
 
+    def charge(self, sequence: Sequence, num_tokens: int) -> None:
+        """Output tokens that a sequence got, for fairness between tenants (see `waiting`)."""
+        self._waiting.charge(sequence, num_tokens)
+
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every block is free, cached or owned exactly once per owner."""
         self.pool.check_integrity(s.block_table for s in self.unfinished())
@@ -222,9 +228,7 @@ class Scheduler:
         return str(num_prompt_tokens) if by_length else "long"
 
     def _key(self, request: EngineRequest, sample_index: int) -> OrderKey:
-        interval = int(request.arrival // self.priority_interval)
-        order = (interval - request.priority, request.deadline, request.arrival)
-        return (*order, request.request_id, sample_index)
+        return order_key(request, sample_index, self.priority_interval)
 
     def _lead(self, samples: list[Sequence]) -> None:
         """Queues the first of these; the others are held until its prompt is computed."""
@@ -239,7 +243,7 @@ class Scheduler:
     def _wait(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
         self.num_waiting += 1
-        heapq.heappush(self._waiting, (sequence.key, sequence))
+        self._waiting.push(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         if self.speculation is not None:
@@ -293,12 +297,14 @@ class Scheduler:
             sequence = self._best_waiting()
             if sequence is None or not self._admit(sequence):
                 break
-            heapq.heappop(self._waiting)
+            self._waiting.pop(sequence)
             self.num_waiting -= 1
             sequence.status = SequenceStatus.RUNNING
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
                 schedule.started.append(sequence)
+                # Once: what a preemption makes it compute again was not the tenant's wish.
+                self._waiting.charge(sequence, sequence.num_tokens - sequence.num_computed_tokens)
             insort(self.running, sequence, key=lambda s: s.key)
             start = sequence.num_computed_tokens
             num_tokens = min(sequence.num_tokens - start, budget)
@@ -325,12 +331,7 @@ class Scheduler:
             item.num_tokens += len(item.draft)
 
     def _best_waiting(self) -> Sequence | None:
-        while self._waiting:
-            sequence = self._waiting[0][1]
-            if sequence.status is SequenceStatus.WAITING:
-                return sequence
-            heapq.heappop(self._waiting)
-        return None
+        return self._waiting.best()
 
     def _admit(self, sequence: Sequence) -> bool:
         """Gives a sequence the blocks of all its tokens, cached ones first, or leaves it waiting.

@@ -31,11 +31,16 @@ def token_logprob(logprobs: Logprobs, tokenizer: Tokenizer) -> common_pb2.TokenL
         token=tokenizer.token_bytes(logprobs.token_id),
         logprob=logprobs.logprob,
         rank=logprobs.rank,
-        top=[
-            common_pb2.Candidate(token_id=token_id, token=tokenizer.token_bytes(token_id), logprob=value)
-            for token_id, value in logprobs.top
-        ],
+        top=_candidates(logprobs.top, tokenizer),
+        named=_candidates(logprobs.named, tokenizer),
     )
+
+
+def _candidates(candidates: Iterable[tuple[int, float]], tokenizer: Tokenizer) -> list[common_pb2.Candidate]:
+    return [
+        common_pb2.Candidate(token_id=token_id, token=tokenizer.token_bytes(token_id), logprob=value)
+        for token_id, value in candidates
+    ]
 
 
 def prompt_logprobs(

@@ -16,6 +16,7 @@ from salver.server.engine.outputs import CompletionDelta, GenerationStream, Gene
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, Logprobs
 from salver.server.metrics import Metrics
 from salver.server.rpc import convert
+from salver.server.rpc.configuration import Configuration
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
 from salver.server.rpc.prompts import PromptReader, template_of
 from salver.server.rpc.scoring import score
@@ -28,7 +29,7 @@ from salver.server.rpc.validation import (
     check_messages,
     check_model,
     check_prompt,
-    room,
+    room_for,
     stopping_of,
 )
 from salver.v1 import common_pb2, generation_pb2, generation_pb2_grpc
@@ -54,6 +55,7 @@ class _Generation:
     model: ServedModel
     engine_request: EngineRequest
     stream: GenerationStream
+    configuration: Configuration
 
     def response(self, kind: Callable[..., _Response], deltas: list[CompletionDelta]) -> _Response:
         tokenizer = self.model.tokenizer
@@ -66,7 +68,8 @@ class _Generation:
         )
 
     def add_prompt(self, response: Any, logprobs: list[Logprobs]) -> None:
-        """What the first message says of the prompt."""
+        """What the first message says: the prompt, and the configuration in force."""
+        response.configuration.CopyFrom(self.configuration)
         ids = self.engine_request.prompt_token_ids
         response.prompt_token_ids.extend(ids)
         if self.engine_request.prompt_top_k is not None:
@@ -180,8 +183,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         permit = self._admission.admit()
         try:
             token_ids = await read_prompt()
+            params = await self._with_words(params, model)
             engine_request = _engine_request(params, token_ids, model, arrival=arrival, deadline=deadline)
             permit.add_tokens(len(token_ids))
+            permit.check_deadline((engine_request,))
             stream = GenerationStream(
                 Submissions(self._front.engine, self._metrics, permit),
                 engine_request,
@@ -193,11 +198,27 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             try:
                 with self._front.running(stream):
                     stream.start()
-                    yield _Generation(request.request_id, model, engine_request, stream)
+                    yield _Generation(
+                        request.request_id, model, engine_request, stream, _told(params, engine_request)
+                    )
             finally:
                 stream.close()
         finally:
             permit.release()
+
+    async def _with_words(self, params: GenerationParams, model: ServedModel) -> GenerationParams:
+        """The parameters with their words as tokens. Raises ApiError where allowed words have none."""
+        said = params.configuration.sampling
+        if not (said.bad_words or said.allowed_words):
+            return params
+        bad = await self._prompts.words(said.bad_words, model)
+        allowed = await self._prompts.words(said.allowed_words, model)
+        if said.allowed_words and not allowed:
+            raise invalid_argument([Violation("sampling.allowed_words", "tokenize to nothing")])
+        sampling = replace(
+            params.sampling, bad_words=(*params.sampling.bad_words, *bad), allowed_words=allowed
+        )
+        return replace(params, sampling=sampling)
 
     def _checked(
         self, request: Any, model: ServedModel
@@ -243,7 +264,7 @@ def _engine_request(
         raise invalid_argument(
             [Violation("resume.prompt_token_ids", "are not the ids of this request's prompt")]
         )
-    max_tokens = room(len(token_ids), params.max_tokens, model.limits)
+    max_tokens = room_for(params, len(token_ids), model.limits)
     _check_fits(params, len(token_ids), max_tokens, model.limits)
     seed = params.seed if params.seed is not None else secrets.randbits(_MAX_SEED_BITS) or 1
     indices = tuple(range(params.n))
@@ -256,11 +277,20 @@ def _engine_request(
         outputs=tuple(params.resumed.get(index, ()) for index in indices),
         output_top_k=params.output_top_k,
         prompt_top_k=params.prompt_top_k,
+        logprob_token_ids=params.logprob_token_ids,
         priority=params.priority,
         deadline=deadline,
         arrival=arrival,
         cache_salt=params.cache_salt,
     )
+
+
+def _told(params: GenerationParams, request: EngineRequest) -> Configuration:
+    """The configuration in force, with what the prompt decided."""
+    made = params.configuration
+    made.sampling.seed = request.sampling.seed
+    made.stopping.max_tokens = request.stopping.max_tokens
+    return made
 
 
 def _check_fits(params: GenerationParams, prompt_tokens: int, max_tokens: int, limits: RequestLimits) -> None:

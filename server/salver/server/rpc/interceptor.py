@@ -39,12 +39,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of the server.
 
     `gate` is asked before each call of our own services and raises ApiError while the server
-    is loading or draining; health and reflection pass always.
+    is loading or draining; health and reflection pass always. `enter` is asked before it, of every
+    call, with its method and metadata, and raises ApiError for callers who may not.
     """
 
-    def __init__(self, metrics: Metrics, gate: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        gate: Callable[[], None],
+        enter: Callable[[str, Any], None] = lambda method, metadata: None,
+    ) -> None:
         self._metrics = metrics
         self._gate = gate
+        self._enter = enter
         self._running: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -119,6 +126,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._idle.clear()
         try:
             try:
+                self._enter(method, context.invocation_metadata() or ())
                 if ours:
                     self._gate()
                 request = _parsed(parse)
@@ -141,9 +149,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     _log, logging.ERROR, "unexpected error",
                     exc_info=error, method=method, request_id=request_id,
                 )  # fmt: skip
+            # Not the message: it may quote what the client sent.
             log_event(
-                _log, logging.DEBUG, "refused",
-                method=method, request_id=request_id, code=failure.code.name, reason=failure.message,
+                _log, logging.DEBUG, "refused", method=method, request_id=request_id,
+                code=failure.code.name, reason=failure.reason or "",
+                fields=" ".join(violation.field for violation in failure.violations),
             )  # fmt: skip
             code = failure.code
             await context.abort(code, failure.message, trailing_metadata(failure, request_id))

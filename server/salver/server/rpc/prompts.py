@@ -85,6 +85,21 @@ class PromptReader:
             raise invalid_argument([Violation("messages", "the conversation tokenizes to nothing")])
         return tuple(ids)
 
+    async def words(self, texts: Sequence[str], model: ServedModel) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of words, each as it is and after a space; those of no token are left out.
+
+        So transformers and vLLM take bad words.
+        """
+
+        def work() -> tuple[tuple[int, ...], ...]:
+            found: dict[tuple[int, ...], None] = {}
+            for text in texts:
+                for spelled in (text, " " + text.lstrip(" ")):
+                    found[tuple(model.tokenizer.encode(spelled, add_special_tokens=False))] = None
+            return tuple(ids for ids in found if ids)
+
+        return await self.run(sum(map(len, texts)), work) if texts else ()
+
     async def score(
         self, inputs: Sequence[generation_pb2.ScoreInput], model: ServedModel
     ) -> list[ScorePrompt]:

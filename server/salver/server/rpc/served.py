@@ -5,14 +5,17 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from salver.model.chat_template import ChatTemplate
+from salver.model.generation_config import GenerationConfig
 from salver.model.tokenizer import Tokenizer
 from salver.server.engine.errors import EngineUnavailable
 from salver.server.engine.process import OutputSink
 from salver.server.engine.request import EngineRequest, Ready
+from salver.server.rpc.configuration import Configuration, checkpoint_defaults
 from salver.server.rpc.errors import RETRY_DRAINING, draining, loading
 
 
@@ -43,6 +46,10 @@ class RequestLimits:
     max_stop_characters: int = 256
     max_stop_token_ids: int = 1024
     max_logit_bias: int = 4096
+    max_words: int = 256
+    max_word_length: int = 256
+    max_allowed_token_ids: int = 4096
+    max_logprob_token_ids: int = 128
 
     @property
     def capacity(self) -> int:
@@ -50,7 +57,7 @@ class RequestLimits:
         return min(self.max_model_len, self.cache_tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ServedModel:
     """The one checkpoint of this server, as the front knows it."""
 
@@ -61,6 +68,12 @@ class ServedModel:
     ready: Ready
     weights_digest: str
     limits: RequestLimits
+    generation_config: GenerationConfig = field(default_factory=GenerationConfig)
+
+    @cached_property
+    def defaults(self) -> Configuration:
+        """What is in force where a request says nothing."""
+        return checkpoint_defaults(self.generation_config)
 
 
 class FrontState(enum.Enum):

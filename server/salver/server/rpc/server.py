@@ -21,7 +21,10 @@ from salver.server.rpc.models import ModelService
 from salver.server.rpc.prompts import PromptReader
 from salver.server.rpc.reflection import V1, V1ALPHA, add_reflection
 from salver.server.rpc.served import Front
+from salver.server.rpc.tenancy import Tenancy
+from salver.server.rpc.tls import server_credentials
 from salver.server.rpc.tokenization import TokenizationService
+from salver.server.tenants import Tenants
 from salver.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -75,12 +78,14 @@ class RpcServer:
         metrics: Metrics,
         startup_phases: Sequence[tuple[str, float]],
     ) -> None:
-        """Must be made on the event loop that it runs on."""
+        """Must be made on the event loop that it runs on. Raises BadFile for certificates and tokens."""
         self._config = config
         self._front = front
         self._prompts = PromptReader()
         self.health = HealthService(SERVICES)
-        self._calls = CallInterceptor(metrics, front.gate)
+        self._credentials = server_credentials(config, metrics.reloaded)
+        tenants = None if config.tokens is None else Tenants(config.tokens, metrics.reloaded)
+        self._calls = CallInterceptor(metrics, front.gate, Tenancy(tenants, metrics.rejected).enter)
         self._server = grpc.aio.server(interceptors=(self._calls,), options=_options(config))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(front, admission, metrics, self._prompts), self._server
@@ -93,16 +98,36 @@ class RpcServer:
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         add_reflection(self._server, (*SERVICES, HEALTH))
+        self._probes: grpc.aio.Server | None = None
+        if config.health_port is not None:
+            self._probes = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, self._probes)
 
     async def open(self) -> str:
         """Listens, and answers NOT_SERVING and UNAVAILABLE for now. The address. Raises PortInUse."""
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        try:
-            port = self._server.add_insecure_port(f"{host}:{self._config.port}")
-        except RuntimeError as error:
-            raise PortInUse(_why_not(self._config.host, self._config.port)) from error
+        address = self._listen(self._server, "--port", self._config.port, self._credentials)
         await self._server.start()
-        return f"{host}:{port}"
+        return address
+
+    async def open_health_port(self) -> str | None:
+        """Listens there too, in plaintext. The address; None when there is none. Raises PortInUse."""
+        if self._probes is None or self._config.health_port is None:
+            return None
+        address = self._listen(self._probes, "--health-port", self._config.health_port, None)
+        await self._probes.start()
+        return address
+
+    def _listen(
+        self, server: grpc.aio.Server, flag: str, port: int, credentials: grpc.ServerCredentials | None
+    ) -> str:
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        address = f"{host}:{port}"
+        try:
+            if credentials is None:
+                return f"{host}:{server.add_insecure_port(address)}"
+            return f"{host}:{server.add_secure_port(address, credentials)}"
+        except RuntimeError as error:
+            raise PortInUse(_why_not(self._config.host, port, flag)) from error
 
     async def drain(self) -> None:
         """Takes no new calls and waits until running ones have ended, or the drain period has."""
@@ -123,6 +148,8 @@ class RpcServer:
             pass
         # Watch streams never end by themselves.
         await self._server.stop(0 if self._calls.num_running else 0.05)
+        if self._probes is not None:
+            await self._probes.stop(0)
         self._prompts.close()
 
 
@@ -143,7 +170,7 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     return options
 
 
-def _why_not(host: str, port: int) -> str:
+def _why_not(host: str, port: int, flag: str) -> str:
     """gRPC says only that it failed: the reason is in trying again."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -154,7 +181,6 @@ def _why_not(host: str, port: int) -> str:
             probe.bind(address)
             probe.listen()
     except OSError as error:
-        flag = "--port" if error.errno in (98, 48, 13) else "--host"
-        value = port if flag == "--port" else host
-        return f"{flag} {value}: cannot listen on {host}:{port}: {error.strerror}"
-    return f"--port {port}: cannot listen on {host}:{port}"
+        named = f"{flag} {port}" if error.errno in (98, 48, 13) else f"--host {host}"
+        return f"{named}: cannot listen on {host}:{port}: {error.strerror}"
+    return f"{flag} {port}: cannot listen on {host}:{port}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 from salver.server.admission import Permit
 from salver.server.engine.errors import EngineError, EngineUnavailable
@@ -15,41 +16,68 @@ from salver.server.engine.process import OutputSink
 from salver.server.engine.request import EngineRequest, SequenceOutput
 from salver.server.metrics import Metrics
 from salver.server.rpc.served import Engine
+from salver.server.rpc.tenancy import current_tenant
+from salver.server.tenants import ANYBODY, Tenant
 
 # Engine request ids: unique for the life of the process, whichever service draws them.
 next_request_id = itertools.count(1).__next__
 
 
 class Submissions:
-    """The engine, for the requests of one call that holds `permit`."""
+    """The engine, for the requests of one call that holds `permit`. They are marked as their tenant's."""
 
     def __init__(self, engine: Engine, metrics: Metrics, permit: Permit) -> None:
         self._engine = engine
         self._metrics = metrics
         self._permit = permit
+        self._tenant = current_tenant()
 
     def submit(self, request: EngineRequest, sink: OutputSink) -> None:
         """Submits; raises EngineUnavailable."""
+        tenant = self._tenant
+        request = replace(
+            request, tenant=tenant.name, weight=tenant.weight, cache_salt=tenant.salted(request.cache_salt)
+        )
+        observed = ObservedSink(request, sink, self._metrics, self._permit, tenant)
         try:
-            self._engine.submit(request, ObservedSink(request, sink, self._metrics, self._permit))
+            self._engine.submit(request, observed)
+            self._permit.submitted(request)
         except EngineUnavailable:
             self._metrics.rejected("unavailable")
             raise
 
     def abort(self, request_id: int, sample_index: int | None = None) -> None:
+        self._permit.forecast.ended(request_id, sample_index)
         self._engine.abort(request_id, sample_index)
 
 
 class ObservedSink:
     """Passes on what the engine puts into `sink`, and tells the metrics."""
 
-    __slots__ = ("_last_tokens", "_metrics", "_permit", "_request", "_seen_tokens", "_sink", "_started")
+    __slots__ = (
+        "_last_tokens",
+        "_metrics",
+        "_permit",
+        "_request",
+        "_seen_tokens",
+        "_sink",
+        "_started",
+        "_tenant",
+    )
 
-    def __init__(self, request: EngineRequest, sink: OutputSink, metrics: Metrics, permit: Permit) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        sink: OutputSink,
+        metrics: Metrics,
+        permit: Permit,
+        tenant: Tenant = ANYBODY,
+    ) -> None:
         self._request = request
         self._sink = sink
         self._metrics = metrics
         self._permit = permit
+        self._tenant = tenant
         self._started = False
         self._seen_tokens = getattr(sink, "completion_tokens", 0)
         self._last_tokens: dict[int, float] = {}
@@ -60,9 +88,12 @@ class ObservedSink:
             self._started = True
             self._permit.started(len(self._request.prompt_token_ids), len(self._request.sample_indices))
             self._metrics.prompt_started(len(self._request.prompt_token_ids))
+            self._permit.forecast.started(self._request.request_id)
+            self._tenant.allowance.take(len(self._request.prompt_token_ids))
         self._sink.started(seconds)
 
     def put(self, output: SequenceOutput) -> None:
+        self._permit.forecast.took(output)
         self._sink.put(output)
         # What the stream has taken: tokens after a stop string are in no reply and not counted.
         taken = getattr(self._sink, "completion_tokens", 0) - self._seen_tokens
@@ -70,6 +101,7 @@ class ObservedSink:
             return
         self._seen_tokens += taken
         self._metrics.tokens_generated(taken)
+        self._tenant.allowance.take(taken)
         now = time.monotonic()
         last = self._last_tokens.get(output.sample_index)
         if last is None:

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from salver.server.engine.request import SamplingParams, StoppingParams
+from salver.server.rpc.configuration import CHECKPOINT, Configuration, in_force
 from salver.server.rpc.errors import (
     NUMERICS_MISMATCH,
     ApiError,
@@ -47,8 +48,12 @@ class Violations:
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """A generation request's parameters, checked, with defaults filled in; the prompt comes apart."""
+    """A generation request's parameters, checked, with defaults filled in; the prompt comes apart.
 
+    Words are text still; the sampling parameters have none of them.
+    """
+
+    configuration: Configuration
     sampling: SamplingParams  # its seed is 0 when `seed` is None
     seed: int | None
     n: int
@@ -60,6 +65,7 @@ class GenerationParams:
     include_stop: bool
     output_top_k: int | None
     prompt_top_k: int | None
+    logprob_token_ids: tuple[int, ...]
     priority: int
     cache_salt: str
     resumed: dict[int, tuple[int, ...]]
@@ -131,13 +137,21 @@ def check_generation(request: Any, model: ServedModel, violations: Violations) -
     if len(request.cache_salt) > MAX_CACHE_SALT:
         violations.add("cache_salt", f"must be at most {MAX_CACHE_SALT} characters")
     priority = check_priority(request, violations)
-    sampling, seed, n = _check_sampling(request.sampling, limits, violations)
-    stopping = request.stopping
+    configuration = in_force(request, model.defaults)
+    sampling, seed, n = _check_sampling(configuration.sampling, limits, violations)
+    stopping = configuration.stopping
     max_tokens, min_tokens = _check_stopping(stopping, limits, violations)
     output_top_k, prompt_top_k = (
         _check_top_k(request.logprobs, name, f"logprobs.{name}", limits, violations)
         for name in ("output_top_k", "prompt_top_k")
     )
+    named = request.logprobs.token_ids
+    if len(named) > limits.max_logprob_token_ids:
+        violations.add("logprobs.token_ids", f"must be at most {limits.max_logprob_token_ids}")
+    else:
+        check_token_ids(named, "logprobs.token_ids", limits.vocab_size, violations)
+    if named and output_top_k is None:
+        output_top_k = 0
     resumed: dict[int, tuple[int, ...]] = {}
     resumed_prompt: tuple[int, ...] | None = None
     if request.HasField("resume"):
@@ -154,6 +168,7 @@ def check_generation(request: Any, model: ServedModel, violations: Violations) -
             violations.add("resume.seed", "is needed to go on sampling: the seed of the reply that was cut")
         _check_numerics(resume, model, violations)
     return GenerationParams(
+        configuration=configuration,
         sampling=sampling,
         seed=seed,
         n=n,
@@ -165,6 +180,7 @@ def check_generation(request: Any, model: ServedModel, violations: Violations) -
         include_stop=stopping.include_stop,
         output_top_k=output_top_k,
         prompt_top_k=prompt_top_k,
+        logprob_token_ids=tuple(named),
         priority=priority,
         cache_salt=request.cache_salt,
         resumed=resumed,
@@ -204,6 +220,8 @@ def _check_sampling(
                 violations.add(field, f"is not in the vocabulary of {limits.vocab_size} tokens")
             if not -100 <= bias <= 100:  # NaN too
                 violations.add(field, f"{bias:g} must be between -100 and 100")
+    typical_p = number("typical_p", 0, 1, open_low=True)
+    _check_words(proto, limits, violations)
     n = proto.n if proto.HasField("n") else 1
     if not 1 <= n <= limits.max_samples:
         violations.add("sampling.n", f"{n} must be between 1 and {limits.max_samples}")
@@ -216,8 +234,40 @@ def _check_sampling(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=tuple(sorted(proto.logit_bias.items())),
+        typical_p=typical_p,
+        no_repeat_ngram_size=proto.no_repeat_ngram_size,
+        bad_words=tuple(tuple(word.ids) for word in proto.bad_token_sequences),
+        allowed_token_ids=tuple(sorted(set(proto.allowed_token_ids))),
     )
     return sampling, proto.seed if proto.HasField("seed") else None, n
+
+
+def _check_words(proto: common_pb2.SamplingParams, limits: RequestLimits, violations: Violations) -> None:
+    for name in ("bad_words", "allowed_words"):
+        words = getattr(proto, name)
+        if len(words) > limits.max_words:
+            violations.add(f"sampling.{name}", f"must be at most {limits.max_words} strings")
+            continue
+        for position, word in enumerate(words):
+            if not word:
+                violations.add(f"sampling.{name}[{position}]", "must not be empty")
+            elif len(word) > limits.max_word_length:
+                violations.add(
+                    f"sampling.{name}[{position}]", f"must be at most {limits.max_word_length} characters"
+                )
+    if len(proto.bad_token_sequences) > limits.max_words:
+        violations.add("sampling.bad_token_sequences", f"must be at most {limits.max_words}")
+    else:
+        for position, sequence in enumerate(proto.bad_token_sequences):
+            field = f"sampling.bad_token_sequences[{position}].ids"
+            if not 1 <= len(sequence.ids) <= limits.max_word_length:
+                violations.add(field, f"must be between 1 and {limits.max_word_length} ids")
+            else:
+                check_token_ids(sequence.ids, field, limits.vocab_size, violations)
+    if len(proto.allowed_token_ids) > limits.max_allowed_token_ids:
+        violations.add("sampling.allowed_token_ids", f"must be at most {limits.max_allowed_token_ids} ids")
+    else:
+        check_token_ids(proto.allowed_token_ids, "sampling.allowed_token_ids", limits.vocab_size, violations)
 
 
 def _check_stopping(
@@ -305,6 +355,13 @@ def check_messages(messages: Sequence[Any], field: str, violations: Violations) 
         if message.role not in known:
             problem = "must be set" if message.role == 0 else f"{message.role} is not a role"
             violations.add(f"{field}[{position}].role", problem)
+
+
+def room_for(params: GenerationParams, prompt_tokens: int, limits: RequestLimits) -> int:
+    """As `room`; a max_tokens that is the checkpoint's default gives way to the context."""
+    if params.configuration.origins["stopping.max_tokens"] == CHECKPOINT and params.max_tokens is not None:
+        return min(params.max_tokens, room(prompt_tokens, None, limits))
+    return room(prompt_tokens, params.max_tokens, limits)
 
 
 def room(prompt_tokens: int, max_tokens: int | None, limits: RequestLimits) -> int:
