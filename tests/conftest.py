@@ -158,3 +158,14 @@ def server(start_session_server: Callable[..., object], smollm2_gguf: Path) -> o
 def tiny(start_session_server: Callable[..., object], tiny_llama: Path) -> object:
     """The tiny Llama, for all tests of the session."""
     return start_session_server(tiny_llama)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: very small models only wait for the others."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

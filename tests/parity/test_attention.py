@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from salver.model.attention import AttentionBatch, choose
+from salver.model.attention import Alibi, AttentionBatch, Scoring, choose
 from salver.model.attention.reference import ReferenceAttention
 from salver.model.cache import KVCache
 from salver.model.spec import ModelSpec
@@ -24,6 +24,17 @@ MIXTURES: dict[str, list[tuple[int, int]]] = {  # (keys, of them queries)
     "chunks": [(40, 7), (260, 130), (300, 2)],
     "all of it": [(12, 1), (40, 7), (500, 1), (33, 33), (90, 1), (88, 1)],
     "one": [(1, 1)],
+}
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.3, 0.2])  # of six heads
+SCORINGS: dict[str, Scoring] = {
+    "a short window": Scoring(0.3, window=5),
+    "a window of some blocks": Scoring(0.3, window=37),
+    "a wide window": Scoring(0.3, window=400),
+    "cap": Scoring(0.9, cap=2.0),
+    "alibi": Scoring(0.3, alibi=Alibi(SLOPES)),
+    "rounded alibi": Scoring(0.3, alibi=Alibi(SLOPES, 0.5, rounded=True)),
+    "sinks": Scoring(0.3, sinks=SLOPES * 4),
+    "everything": Scoring(0.9, window=37, cap=2.0, alibi=Alibi(SLOPES / 8), sinks=SLOPES),
 }
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -64,18 +75,34 @@ def make_step(
 def test_agrees_with_the_reference(mixture: str, dtype: torch.dtype, numerics: str) -> None:
     for heads, padding in (((6, 2), 0), ((4, 4), 3), ((3, 1), 1)):
         query, cache, batch = make_step(MIXTURES[mixture], heads, dtype, padding)
-        expected = ReferenceAttention()(query, cache, 1, batch, 0.3)
-        found = choose(CPU, numerics, dtype)(query, cache, 1, batch, 0.3)
+        expected = ReferenceAttention()(query, cache, 1, batch, Scoring(0.3))
+        found = choose(CPU, numerics, dtype)(query, cache, 1, batch, Scoring(0.3))
         assert found.shape == expected.shape == (query.shape[0], heads[0] * HEAD_DIM)
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), expected.float(), atol=TOLERANCES[dtype], rtol=0)
 
 
-def test_exact_float32_does_not_depend_on_the_company() -> None:
+@pytest.mark.parametrize("kind", SCORINGS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_every_scoring(kind: str, dtype: torch.dtype, numerics: str) -> None:
+    plain = Scoring(SCORINGS[kind].scale)
+    for mixture, padding in (("all of it", 0), ("chunks", 2), ("equal lengths", 0), ("similar lengths", 1)):
+        query, cache, batch = make_step(MIXTURES[mixture], (6, 2), dtype, padding)
+        expected = ReferenceAttention()(query, cache, 1, batch, SCORINGS[kind])
+        found = choose(CPU, numerics, dtype)(query, cache, 1, batch, SCORINGS[kind])
+        torch.testing.assert_close(found.float(), expected.float(), atol=TOLERANCES[dtype], rtol=0)
+        if mixture == "all of it":
+            without = ReferenceAttention()(query, cache, 1, batch, plain)
+            assert float((without - expected).abs().max()) > 2 * TOLERANCES[dtype], "no difference to see"
+
+
+@pytest.mark.parametrize("scoring", [Scoring(0.25), *SCORINGS.values()], ids=["plain", *SCORINGS])
+def test_exact_float32_does_not_depend_on_the_company(scoring: Scoring) -> None:
     """Bit for bit: the last row alone, among others, and as the end of a chunk."""
     query, cache, batch = make_step(MIXTURES["all of it"], (6, 2), torch.float32, 0)
     attention = choose(CPU, "exact", torch.float32)
-    together = attention(query, cache, 0, batch, 0.25)
+    together = attention(query, cache, 0, batch, scoring)
     for sequence, keys in enumerate(batch.seq_lens):
         last = batch.cu_seqlens_q[sequence + 1] - 1
         alone = AttentionBatch(
@@ -84,7 +111,7 @@ def test_exact_float32_does_not_depend_on_the_company() -> None:
             batch.block_tables[sequence : sequence + 1],
             batch.slot_mapping[last : last + 1],
         )
-        assert torch.equal(attention(query[last : last + 1], cache, 0, alone, 0.25)[0], together[last])
+        assert torch.equal(attention(query[last : last + 1], cache, 0, alone, scoring)[0], together[last])
 
 
 def test_a_nan_stays_with_its_sequence() -> None:
@@ -97,7 +124,9 @@ def test_a_nan_stays_with_its_sequence() -> None:
     for layer in range(2):
         cache.write(layer, rows, rows, batch)
         assert bool(
-            torch.isfinite(choose(CPU, "exact", torch.float32)(query, cache, layer, batch, 0.25)).all()
+            torch.isfinite(
+                choose(CPU, "exact", torch.float32)(query, cache, layer, batch, Scoring(0.25))
+            ).all()
         )
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import exactness
+from support import decoders, exactness
 from support.exactness import NATIVE_MODES, Ways
 
 from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
 from salver.model.kernels.library import Library
+from salver.server.engine.inline import InlineEngine
+from salver.server.engine.request import EngineRequest, SamplingParams, StoppingParams
 
 MIXES = 200
+# Whose answers could depend on company in ways of their own: growing ropes, windows, experts, ALiBi, sinks.
+DECODERS = (
+    "Llama dynamic", "Llama longrope", "Gemma2 plain", "Qwen2Moe mixed", "DeepseekV3 plain", "GptOss plain",
+    "Bloom six",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +33,10 @@ def library(cache_dir: Path) -> Library:
         pytest.skip(f"no native kernel here: {error}")
 
 
-def went_through_everything(ways: Ways) -> None:
+def went_through_everything(ways: Ways, least: int = 3) -> None:
     for name in ("chunks", "cached", "preempted", "resumed", "samples", "sampled"):
         # A mix is a function of its number: these counts do not change by chance.
-        assert ways.counts[name] >= 3, str(ways)
+        assert ways.counts[name] >= least, str(ways)
 
 
 def test_the_same_bits_in_any_mix(library: Library, tiny_llama: Path, tiny_gpt2: Path) -> None:
@@ -47,3 +57,52 @@ def test_the_same_tokens_in_torch(tiny_llama: Path, tiny_gpt2: Path) -> None:
         runner = runners[seed % len(runners)]
         assert not list(exactness.run_mix(runner, seed, ways, bits=False)), f"mix {seed}"
     went_through_everything(ways)
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [("Llama dynamic", (0, 16, 0, 0)), ("Llama longrope", (0, 16, 0, 48)), ("Llama yarn", (0, 16, 16, 48))],
+)
+def test_prompts_share_what_has_the_same_positions(
+    name: str, shared: tuple[int, ...], tmp_path: Path, one_thread: None
+) -> None:
+    """A rope that grows makes other keys of the same tokens in a longer prompt."""
+    decoders.write(tmp_path, decoders.VARIANTS[name])
+    runner = exactness.runner_of(tmp_path, "float32", None)
+    limits = replace(exactness.ROOMY, enable_prefix_caching=True, rope_context=runner.model.spec.rope_context)
+    draw = random.Random(5)
+    stem = tuple(draw.randrange(decoders.VOCAB) for _ in range(70))
+    requests = [
+        EngineRequest(
+            request_id=length,
+            prompt_token_ids=stem[:length],
+            sampling=SamplingParams(temperature=0.0),
+            stopping=StoppingParams(6),
+            sample_indices=(0,),
+            outputs=((),),
+        )
+        for length in (20, 24, 50, 65)
+    ]
+    alone = [exactness.Answer() for _ in requests]
+    for request, answer in zip(requests, alone, strict=True):
+        run(InlineEngine(runner, limits, clock=itertools.count().__next__), request, answer)
+    together = InlineEngine(runner, limits, clock=itertools.count().__next__)
+    for request, expected, cached in zip(requests, alone, shared, strict=True):
+        answer = exactness.Answer()
+        run(together, request, answer)
+        assert (answer.tokens, answer.cached) == (expected.tokens, cached)
+
+
+def run(engine: InlineEngine, request: EngineRequest, answer: exactness.Answer) -> None:
+    engine.submit(request, answer)
+    engine.run()
+
+
+def test_the_same_tokens_of_other_decoders(tmp_path: Path, one_thread: None) -> None:
+    ways = Ways()
+    for name in DECODERS:
+        decoders.write(tmp_path / name, decoders.VARIANTS[name])
+    runners = {name: exactness.runner_of(tmp_path / name, "float32", None) for name in DECODERS}
+    for seed, name in enumerate(DECODERS * 4):
+        assert not list(exactness.run_mix(runners[name], seed, ways, bits=False)), f"mix {seed}, {name}"
+    went_through_everything(ways, least=1)

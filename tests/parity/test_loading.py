@@ -14,7 +14,7 @@ from torch import Tensor
 
 from salver.model.errors import CheckpointError
 from salver.model.loader import CheckpointTensors, load_model
-from salver.model.spec import Cat, Copy, Interleave, Optional, Source, Split, Transpose, WeightMap
+from salver.model.spec import Cat, Copy, Interleave, Optional, Source, Split, Stack, Transpose, WeightMap
 
 UP = "model.layers.1.mlp.up_proj.weight"
 KEY = "model.layers.0.self_attn.k_proj.weight"
@@ -156,6 +156,13 @@ def evaluate(tmp_path: Path, source: Source, shape: tuple[int, ...]) -> Tensor:
         (Interleave(Copy("a"), outer=2, inner=3), A[[0, 3, 1, 4, 2, 5]]),
         (Interleave(Copy("a"), outer=3, inner=1, groups=2), A),
         (Transpose(Interleave(Transpose(Copy("a")), 2, 2)), A[:, [0, 2, 1, 3]]),
+        (Interleave(Copy("a"), 2, 2, dim=1), A[:, [0, 2, 1, 3]]),
+        (Interleave(Copy("a"), 2, 2, tail=2), A[[0, 2, 1, 3, 4, 5]]),
+        (Interleave(Copy("a"), 2, 2, lead=1, tail=1), A[[0, 1, 3, 2, 4, 5]]),
+        (Split(Copy("a"), (2, 1), 0, groups=2), A[[0, 1, 3, 4]]),
+        (Split(Copy("a"), (2, 1), 1, groups=2), A[[2, 5]]),
+        (Stack((Copy("a"), Copy("a"))), torch.stack((A, A))),
+        (Transpose(Stack((Copy("a"), Copy("a")))), torch.stack((A.T, A.T))),
         (Cat((Interleave(Copy("a"), 3, 2), Copy("b")), (6, 2)), torch.cat((A[[0, 2, 4, 1, 3, 5]], B))),
         (Optional(Copy("a"), (6, 4), 1.0), A),
         (Optional(Copy("none"), (3,), 1.0), torch.ones(3)),
@@ -184,3 +191,16 @@ def test_optional_tensors_may_be_there_or_not(tmp_path: Path) -> None:
         CheckpointTensors(tmp_path, WeightMap()).check_names({"t": Copy("b")})
     with pytest.raises(CheckpointError, match="tensor c is missing"):
         CheckpointTensors(tmp_path, WeightMap()).check_names({"t": Cat((source, Copy("c")), (3, 1))})
+
+
+def test_names_that_a_family_was_published_under(tmp_path: Path) -> None:
+    save_file({"model.old.a": A, "b": B}, tmp_path / "model.safetensors")
+    weights = WeightMap({}, optional_prefix="model.", renames=((r"^old\.a", "new.a"),))
+    target = torch.empty(6, 4)
+    tensors = CheckpointTensors(tmp_path, weights)
+    tensors.check_names({"t": Copy("new.a"), "u": Copy("b")})
+    tensors.write(Copy("new.a"), target)
+    assert torch.equal(target, A)
+    save_file({"old.a": A, "new.a": A + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is there twice, under two names"):
+        CheckpointTensors(tmp_path, weights)

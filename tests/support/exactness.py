@@ -190,7 +190,8 @@ def run_mix(runner: ModelRunner, seed: int, ways: Ways, *, bits: bool) -> Iterat
 
 
 def _alone(runner: ModelRunner, request: EngineRequest) -> Answer:
-    engine = InlineEngine(runner, ROOMY, clock=itertools.count().__next__)
+    limits = replace(ROOMY, rope_context=runner.model.spec.rope_context)
+    engine = InlineEngine(runner, limits, clock=itertools.count().__next__)
     answer = Answer()
     engine.submit(request, answer)
     engine.run()
@@ -199,7 +200,8 @@ def _alone(runner: ModelRunner, request: EngineRequest) -> Answer:
 
 def _together(runner: ModelRunner, mix: Mix, asked: list[EngineRequest], ways: Ways) -> list[Answer]:
     """They come at any step and in any order; some are cancelled."""
-    engine = InlineEngine(runner, mix.limits, clock=itertools.count().__next__)
+    limits = replace(mix.limits, rope_context=runner.model.spec.rope_context)
+    engine = InlineEngine(runner, limits, clock=itertools.count().__next__)
     draw = random.Random(f"arrivals/{len(asked)}/{mix.requests[0].sampling.seed}")
     answers = [Answer() for _ in asked]
     coming = sorted((draw.randrange(12), number) for number in draw.sample(range(len(asked)), len(asked)))

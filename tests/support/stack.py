@@ -47,6 +47,7 @@ class Stack:
         random.Random(0).shuffle(self.free)
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
+        self.prompts: dict[int, int] = {}  # lengths of prompts
 
     @torch.inference_mode()
     def step(self, parts: Sequence[tuple[int, Sequence[int]]], padding: int = 0) -> list[Tensor]:
@@ -73,6 +74,7 @@ class Stack:
             seq_lens=[self.lengths[sequence] for sequence, _ in parts],
             block_tables=torch.tensor([table + [0] * (widest - len(table)) for table in tables]),
             slot_mapping=torch.tensor(slots + [i % size for i in range(padding)]),
+            prompt_lens=[self.prompts.get(sequence, 0) for sequence, _ in parts],
         )
         hidden = self.model(
             torch.tensor(token_ids + [0] * padding),
@@ -91,6 +93,7 @@ class Stack:
     def logits(self, tokens: Sequence[int], chunk: int | None = None) -> Tensor:
         """[n, vocab] of a sequence alone, `chunk` tokens a step."""
         chunk = chunk or len(tokens)
+        self.prompts[-1] = len(tokens)
         found = [self.step([(-1, tokens[i : i + chunk])])[0] for i in range(0, len(tokens), chunk)]
         self.end(-1)
         return torch.cat(found)
@@ -98,6 +101,7 @@ class Stack:
     def greedy(self, prompt: Sequence[int], count: int, chunk: int | None = None) -> list[int]:
         """The tokens that follow, one step each."""
         chunk = chunk or len(prompt)
+        self.prompts[-1] = len(prompt)
         for begin in range(0, len(prompt), chunk):
             row = self.step([(-1, prompt[begin : begin + chunk])])[0][-1]
         tokens = [int(row.argmax())]
@@ -109,6 +113,7 @@ class Stack:
     def greedy_together(self, prompts: Sequence[Sequence[int]], count: int, chunk: int) -> list[list[int]]:
         """All at once, prompts beginning in turn: steps mix chunks of prompts with single tokens."""
         waiting = [list(prompt) for prompt in prompts]
+        self.prompts.update(enumerate(map(len, prompts)))
         found: list[list[int]] = [[] for _ in prompts]
         step = 0
         while any(len(tokens) < count for tokens in found):

@@ -38,7 +38,17 @@ PURE = tuple(
 # Of salver.model, what the front process uses.
 MODEL_FRONT = tuple(
     f"salver.model.{name}"
-    for name in ("tokenizer", "chat_template", "config_reader", "spec", "errors", "checkpoint", "families")
+    for name in (
+        "tokenizer",
+        "chat_template",
+        "config_reader",
+        "spec",
+        "errors",
+        "checkpoint",
+        "families",
+        "rope_config",
+        "weight_names",
+    )
 )
 
 

@@ -11,6 +11,7 @@ from salver.model.spec import (
     Optional,
     Source,
     Split,
+    Stack,
     Transpose,
     WeightMap,
     in_layer,
@@ -24,6 +25,7 @@ SOURCES: list[tuple[Source, list[str]]] = [
     (Cat((K, Transpose(Q)), (1, 2), dim=1), ["h.7.k", "h.7.q"]),
     (Split(Q, (1, 2), 1, dim=1), ["h.7.q"]),
     (Interleave(Q, 2, 3, groups=4), ["h.7.q"]),
+    (Stack((Q, Split(K, (1, 2), 1, groups=2))), ["h.7.q", "h.7.k"]),
     (Optional(Cat((Q, K), (1, 2)), (3,), 1.0), ["h.7.q", "h.7.k"]),
 ]
 
@@ -45,3 +47,8 @@ def test_every_layer_is_written_out() -> None:
         "layers.0.q": Transpose(Copy("h.0.q")),
         "layers.1.q": Transpose(Copy("h.1.q")),
     }
+
+
+def test_some_layers_only() -> None:
+    weights = WeightMap({"layers.{layer}.q": Q, "layers.{layer}.k": K}, layers={"layers.{layer}.k": (1,)})
+    assert list(weights.expanded(2)) == ["layers.0.q", "layers.1.q", "layers.1.k"]

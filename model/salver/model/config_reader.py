@@ -28,7 +28,10 @@ HARMLESS = frozenset(
     output_hidden_states return_dict return_dict_in_generate output_scores chunk_size_feed_forward
     max_length min_length max_new_tokens do_sample early_stopping temperature top_k top_p typical_p
     num_beams num_beam_groups num_return_sequences diversity_penalty repetition_penalty length_penalty
-    reorder_and_upcast_attn
+    reorder_and_upcast_attn resid_dropout embed_dropout hidden_dropout_prob activation_dropout dropout
+    layerdrop residual_dropout embedding_dropout attention_probs_dropout_prob emb_pdrop init_std
+    output_router_logits router_aux_loss_coef router_jitter_noise cache_implementation
+    scale_attention_softmax_in_fp32 attention_softmax_in_fp32 tokenizer_class prefix custom_pipelines
     """.split()
 )
 
@@ -76,12 +79,80 @@ class ConfigReader:
             raise self.error(name, f"must be positive, not {value}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite positive number."""
+    def number(self, name: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A finite positive number, or with `zero` also 0."""
         value = float(self._or(name, self._value(name, "a number", int, float), default))
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
             raise self.error(name, f"must be a positive number, not {value}")
         return value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """An integer of at least 0."""
+        value: int = self._or(name, self._value(name, "an integer", int), default)
+        if value < 0:
+            raise self.error(name, f"must be at least 0, not {value}")
+        return value
+
+    def size_or_null(self, name: str, default: int | None) -> int | None:
+        """A positive integer; `default` when absent, None when null."""
+        return None if self.is_null(name) or not (self.has(name) or default) else self.size(name, default)
+
+    def number_or_null(self, name: str, default: float | None) -> float | None:
+        """A positive number; `default` when absent, None when null."""
+        return None if self.is_null(name) or not (self.has(name) or default) else self.number(name, default)
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is there and null."""
+        self._read.add(name)
+        return name in self._config and self._config[name] is None
+
+    def fraction(self, name: str, default: float | None = None) -> float:
+        """A number above 0, up to 1."""
+        value = self.number(name, default)
+        if value > 1:
+            raise self.error(name, f"must be at most 1, not {value}")
+        return value
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite positive numbers."""
+        value = self._or(name, self._value(name, "a list of numbers", list), None)
+        if not all(isinstance(x, int | float) and math.isfinite(x) and x > 0 for x in value):
+            raise self.error(name, "must be a list of positive numbers")
+        return tuple(float(x) for x in value)
+
+    def indices(self, name: str) -> tuple[int, ...]:
+        """A list of integers that are not negative; () when absent."""
+        value = self._value(name, "a list of integers", list) or []
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+            raise self.error(name, f"must be a list of integers from 0 on, not {value!r:.200}")
+        return tuple(value)
+
+    def pairs(self, name: str) -> tuple[tuple[list[Any], int], ...]:
+        """A list of [list, how often]; () when absent."""
+        value = self._value(name, "a list of pairs", list) or []
+        for pair in value:
+            if not (
+                isinstance(pair, list)
+                and len(pair) == 2
+                and isinstance(pair[0], list)
+                and type(pair[1]) is int
+            ):
+                raise self.error(name, f"must be a list of [list, number] pairs, not {value!r:.200}")
+        return tuple((pair[0], pair[1]) for pair in value)
+
+    def listed(self, name: str, choices: tuple[object, ...], count: int) -> tuple[Any, ...] | None:
+        """A list of `count` values, each one of `choices`; None when absent."""
+        value = self._value(name, f"a list of {count} values", list)
+        if value is None:
+            return None
+        if len(value) != count or not all(item in choices for item in value):
+            shown = ", ".join(map(str, choices))
+            raise self.error(name, f"must be {count} values out of {shown}, not {value!r:.200}")
+        return tuple(value)
+
+    def either(self, *names: str) -> str:
+        """Of names that mean the same field, the one that is there; the first if none is."""
+        return next((name for name in names if self.has(name)), names[0])
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
         return bool(self._or(name, self._value(name, "true or false", bool), default))
@@ -98,6 +169,10 @@ class ConfigReader:
         value = self._config.get(name)
         if value is not None and value not in allowed:
             raise self.error(name, f"is {value!r}, which is not supported (supported: {allowed[0]!r})")
+
+    def ignore(self, *names: str) -> None:
+        """Fields that may hold anything: they change nothing here."""
+        self._read.update(names)
 
     def section(self, name: str) -> ConfigReader | None:
         """A nested object, with a reader of its own."""
@@ -183,3 +258,13 @@ def _check(spec: ModelSpec, reader: ConfigReader) -> None:
         raise reader.error(
             "num_key_value_heads", f"({spec.num_kv_heads}) must divide the {spec.num_heads} attention heads"
         )
+    experts = spec.experts
+    if experts is None:
+        return
+    if experts.per_token > experts.count:
+        raise reader.error(
+            "num_experts_per_tok", f"({experts.per_token}) is more than the {experts.count} experts"
+        )
+    groups = experts.groups
+    if experts.count % groups or groups > experts.count // 2 or experts.groups_per_token > groups:
+        raise reader.error("n_group", f"({groups}) must divide the {experts.count} experts into several each")

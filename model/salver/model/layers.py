@@ -1,15 +1,15 @@
-"""The parts of a block: norms, linear maps, activations, positions."""
+"""The parts of a block: norms, linear maps, activations."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .spec import NormSpec, RopePositions
+from .spec import NormSpec
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -17,14 +17,33 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU by a sigmoid (Hendrycks & Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """So et al. 2021."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
+    "gelu_python": F.gelu,
     "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
+    "relu2": squared_relu,
 }
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap), in place (Gemma 2's soft cap)."""
+    return x.div_(cap).tanh_().mul_(cap)
 
 
 class Weights(nn.Module):
@@ -35,65 +54,53 @@ class Weights(nn.Module):
     def __init__(self, *shape: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
+        bias_shape = shape[:-1] if len(shape) > 1 else shape
+        self.bias = nn.Parameter(torch.empty(bias_shape), requires_grad=False) if bias else None
 
 
 class Linear(Weights):
     """weight [out, in]."""
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-class Norm(Weights):
-    """RMSNorm or LayerNorm over the last dimension."""
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension; `own` heads have weights of their own."""
 
-    def __init__(self, spec: NormSpec, size: int) -> None:
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
+    def __init__(self, spec: NormSpec, size: int, own: int = 0) -> None:
+        super().__init__()
         if spec.kind not in ("rms", "layer"):
             raise ValueError(f"norm {spec.kind!r} is not implemented")
-        super().__init__(size, bias=spec.kind == "layer")
+        shape = (own, size) if own else (size,)
         self.rms = spec.kind == "rms"
         self.eps = spec.eps
+        self.offset = spec.offset
         self.shape = (size,)
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False) if spec.weight else None
+        self.bias = nn.Parameter(torch.empty(shape), requires_grad=False) if spec.has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if self.offset and weight is not None:  # in float32, as Gemma does: 1 + w has more digits than w
+            return self._normed(x.float(), weight.float() + self.offset, None).to(x.dtype)
+        if weight is not None and weight.dim() > 1:
+            scaled = self._normed(x, None, None) * weight
+            return scaled if bias is None else scaled + bias
+        return self._normed(x, weight, bias)
+
+    def _normed(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.rms:
-            return F.rms_norm(x, self.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-
-
-def rope_frequencies(spec: RopePositions, head_dim: int) -> Tensor:
-    """float32 [head_dim / 2]: radians per position."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
-    frequencies = 1.0 / (spec.theta**exponents)
-    if spec.scaling == "default":
-        return frequencies
-    if spec.scaling == "linear":
-        return frequencies / spec.factor
-    if spec.scaling != "llama3":
-        raise ValueError(f"rope scaling {spec.scaling!r} is not implemented")
-    wavelengths = 2 * math.pi / frequencies
-    original, low, high = spec.original_max_position_embeddings, spec.low_freq_factor, spec.high_freq_factor
-    scaled = torch.where(wavelengths > original / low, frequencies / spec.factor, frequencies)
-    smooth = (original / wavelengths - low) / (high - low)
-    between = (1 - smooth) * frequencies / spec.factor + smooth * frequencies
-    is_between = (wavelengths >= original / high) & (wavelengths <= original / low)
-    return torch.where(is_between, between, scaled)
-
-
-class Rotation:
-    """The angles of a step's rows, computed once and applied in every layer.
-
-    x cos + rotate_half(x) sin, where rotate_half turns the halves (a, b) into (-b, a).
-    """
-
-    def __init__(self, frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> None:
-        angles = positions.to(torch.float32)[:, None] * frequencies
-        cos, sin = angles.cos(), angles.sin()
-        self.cos = torch.stack((cos, cos), 1)[:, None].to(dtype)  # [N, 1, 2, head_dim / 2]
-        self.sin = torch.stack((-sin, sin), 1)[:, None].to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Of x [N, heads, head_dim], a new tensor."""
-        halves = x.view(*x.shape[:2], 2, -1)
-        return (halves * self.cos).addcmul_(halves.flip(2), self.sin).view(x.shape)
+            return F.rms_norm(x, self.shape, weight, self.eps)
+        return F.layer_norm(x, self.shape, weight, bias, self.eps)

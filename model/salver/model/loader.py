@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import choose
 from .config_reader import read_spec
 from .errors import CheckpointError
-from .spec import Cat, Copy, Optional, Source, Split, Transpose, WeightMap, names_of
+from .spec import Cat, Copy, Optional, Source, Split, Stack, Transpose, WeightMap, names_of
 from .transformer import Transformer
 from .weights import WeightFile, open_weights
 
@@ -75,8 +75,10 @@ class CheckpointTensors:
         self._files: dict[str, tuple[WeightFile, str]] = {}  # name without prefix: file, name in it
         for full_name, file in open_weights(checkpoint).items():
             name = full_name.removeprefix(weights.optional_prefix)
+            for pattern, replacement in weights.renames:
+                name = re.sub(f"{pattern}$", replacement, name)
             if name in self._files:
-                raise CheckpointError(f"{file.path}: {full_name} is there twice, with a prefix and without")
+                raise CheckpointError(f"{file.path}: {full_name} is there twice, under two names")
             self._files[name] = (file, full_name)
 
     def check_names(self, sources: dict[str, Source]) -> None:
@@ -124,13 +126,16 @@ class CheckpointTensors:
                 )
             target.copy_(tensor)
         elif isinstance(source, Transpose):
-            self.write(source.source, target.T)
+            self.write(source.source, target.transpose(-1, -2))
         elif isinstance(source, Cat):
             if sum(source.sizes) != target.shape[source.dim] or len(source.sizes) != len(source.sources):
                 raise ValueError(f"{source.sizes} do not make up {list(target.shape)}")
             for part, view in zip(
                 source.sources, torch.split(target, list(source.sizes), source.dim), strict=True
             ):
+                self.write(part, view)
+        elif isinstance(source, Stack):
+            for part, view in zip(source.sources, target, strict=True):
                 self.write(part, view)
         elif isinstance(source, Optional):
             if all(name in self._files for name in names_of(source.source)):
@@ -141,18 +146,24 @@ class CheckpointTensors:
                 raise ValueError(f"{source.shape} cannot fill {list(target.shape)}")
         elif isinstance(source, Split):
             shape = list(target.shape)
-            shape[source.dim] = sum(source.sizes)
+            shape[source.dim] = source.groups * sum(source.sizes)
             whole = torch.empty(shape, dtype=target.dtype, device=target.device)
             self.write(source.source, whole)
-            target.copy_(torch.split(whole, list(source.sizes), source.dim)[source.index])
+            runs = torch.unflatten(whole, source.dim, (source.groups, -1))
+            parts = torch.split(runs, list(source.sizes), source.dim + 1)
+            target.copy_(parts[source.index].flatten(source.dim, source.dim + 1))
         else:
-            # The first dimension [groups, inner, outer, rest] of the target, seen as the source's.
-            groups, outer, inner = source.groups, source.outer, source.inner
-            rest = target.shape[0] // (groups * inner * outer)
-            parts = target.view(groups, inner, outer, rest, *target.shape[1:]).transpose(1, 2)
             whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
             self.write(source.source, whole)
-            parts.copy_(whole.view(groups, outer, inner, rest, *target.shape[1:]))
+            mine, theirs = (
+                torch.unflatten(tensor.movedim(source.dim, 0), 0, (source.groups, -1))
+                for tensor in (target, whole)
+            )
+            mine.copy_(theirs)
+            # [groups, inner, outer, rest] of the target, seen as the source's.
+            turned = slice(source.lead, mine.shape[1] - source.tail)
+            moved = torch.unflatten(mine[:, turned], 1, (source.inner, source.outer, -1)).transpose(1, 2)
+            moved.copy_(torch.unflatten(theirs[:, turned], 1, (source.outer, source.inner, -1)))
 
     def _read(self, name: str) -> Tensor:
         file, full_name = self._files[name]
@@ -171,7 +182,7 @@ def _optional_names(source: Source) -> set[str]:
         return set(names_of(source))
     if isinstance(source, Copy):
         return set()
-    parts = source.sources if isinstance(source, Cat) else (source.source,)
+    parts = source.sources if isinstance(source, Cat | Stack) else (source.source,)
     return set[str]().union(*(_optional_names(part) for part in parts))
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layers import Linear, Weights
 from .precision import default_dtype_name
 from .transformer import Transformer
 
@@ -34,10 +35,9 @@ def row_multiple(model: Transformer) -> int:
     Measured on this machine, with a random row on weights of the model's shapes.
     """
     shapes: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
-    for module in (*model.layers.modules(), model.head or model.embed):
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2:
-            shapes.setdefault((*weight.shape, bias is not None), (weight, bias))
+    products: list[Weights] = [module for module in model.modules() if isinstance(module, Linear)]
+    for module in products if model.head is not None else (*products, model.embed):
+        shapes.setdefault((*module.weight.shape, module.bias is not None), (module.weight, module.bias))
     found = 0
     for weight, bias in shapes.values():
         generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ the code that honours it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, replace
 
 LAYER = "{layer}"  # stands for the number of a layer in a name
 
@@ -25,7 +25,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Transpose:
-    """A matrix with its two dimensions exchanged (GPT-2's Conv1D stores [in, out])."""
+    """A matrix, or a stack of them, with its last dimensions exchanged (GPT-2's Conv1D stores [in, out])."""
 
     source: Source
 
@@ -40,13 +40,25 @@ class Cat:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """Tensors of one shape along a new first dimension (a matrix for each expert)."""
+
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Split:
-    """Part `index` of a tensor that is cut along `dim` into pieces of `sizes`."""
+    """Part `index` of a tensor that is cut along `dim` into pieces of `sizes`.
+
+    With `groups` the dimension is that many runs of such pieces, and part `index` of each is taken:
+    q of q, k, v stored head by head (GPT-NeoX) has groups = heads.
+    """
 
     source: Source
     sizes: tuple[int, ...]
     index: int
     dim: int = 0
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +67,17 @@ class Interleave:
 
     With outer = heads and inner = 3 it turns q, k, v stored head by head (GPT-NeoX) into all q,
     all k, all v; with groups = heads, outer = head_dim / 2 and inner = 2 it turns rotary pairs
-    stored side by side (GPT-J) into halves.
+    stored side by side (GPT-J) into halves. The first `lead` and the last `tail` rows of each group stay
+    where they are. `dim` is the dimension meant, if not the first.
     """
 
     source: Source
     outer: int
     inner: int
     groups: int = 1
+    lead: int = 0
+    tail: int = 0
+    dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +89,14 @@ class Optional:
     fill: float = 0.0
 
 
-Source = Copy | Transpose | Cat | Split | Interleave | Optional
+Source = Copy | Transpose | Cat | Stack | Split | Interleave | Optional
 
 
 def names_of(source: Source) -> Iterator[str]:
     """The checkpoint names that a source reads, in order."""
     if isinstance(source, Copy):
         yield source.name
-    elif isinstance(source, Cat):
+    elif isinstance(source, Cat | Stack):
         for part in source.sources:
             yield from names_of(part)
     else:
@@ -91,16 +107,9 @@ def in_layer(source: Source, layer: int) -> Source:
     """The source with the number of a layer in its names."""
     if isinstance(source, Copy):
         return Copy(source.name.replace(LAYER, str(layer)))
-    if isinstance(source, Cat):
-        return Cat(tuple(in_layer(part, layer) for part in source.sources), source.sizes, source.dim)
-    inner = in_layer(source.source, layer)
-    if isinstance(source, Transpose):
-        return Transpose(inner)
-    if isinstance(source, Split):
-        return Split(inner, source.sizes, source.index, source.dim)
-    if isinstance(source, Interleave):
-        return Interleave(inner, source.outer, source.inner, source.groups)
-    return Optional(inner, source.shape, source.fill)
+    if isinstance(source, Cat | Stack):
+        return replace(source, sources=tuple(in_layer(part, layer) for part in source.sources))
+    return replace(source, source=in_layer(source.source, layer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,24 +118,29 @@ class WeightMap:
 
     Attributes:
         tensors: our name to its source; names with `{layer}` stand for every layer.
+        layers: for those of such names that stand for some layers alone, which.
         ignored: regular expressions of whole checkpoint names that hold no weight (mask buffers).
         duplicates: checkpoint name to another of which it may be a copy (a tied head that was
             saved all the same); the loader compares them.
         optional_prefix: begins the checkpoint's names, or not (GPT-2 was published both ways);
             all names here are without it.
+        renames: (pattern, replacement) of old names, tried on the end of every checkpoint name
+            (`.gamma` for `.weight`).
     """
 
     tensors: dict[str, Source] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, str], ...] = ()
     optional_prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def expanded(self, num_layers: int) -> dict[str, Source]:
         """`tensors` with every layer written out."""
         whole: dict[str, Source] = {}
         for name, source in self.tensors.items():
             if LAYER in name:
-                for layer in range(num_layers):
+                for layer in self.layers.get(name, range(num_layers)):
                     whole[name.replace(LAYER, str(layer))] = in_layer(source, layer)
             else:
                 whole[name] = source
@@ -138,26 +152,81 @@ class WeightMap:
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """Normalization before attention, before the MLP and at the end.
+    """Normalization: "rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016).
 
-    `kind` is "rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016, with a bias).
+    Attributes:
+        weight: it has weights (OLMo's has none).
+        bias: it has a bias; of the kind "layer" alone.
+        offset: added to the weights (Gemma stores what they differ from 1 by).
     """
 
     kind: str
     eps: float
+    weight: bool = True
+    bias: bool = True
+    offset: float = 0.0
+
+    @property
+    def has_bias(self) -> bool:
+        return self.kind == "layer" and self.weight and self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """Normalization of queries and keys before their rotation.
+
+    `scope` is "head" (each head by itself, one vector of weights for all), "heads" (each head by
+    itself, with weights of its own) or "all" (all heads as one vector).
+    """
+
+    norm: NormSpec
+    scope: str
 
 
 @dataclass(frozen=True, slots=True)
 class LearnedPositions:
-    """A table of position embeddings, added to the token embeddings."""
+    """A table of position embeddings, added to the token embeddings; position p is row p + `offset`."""
+
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SinusoidalPositions:
+    """Computed position embeddings (Vaswani et al. 2017), all sines before all cosines.
+
+    Position p is row p + `offset` of the table; the row `zero` is zeros (a padding token's, in fairseq).
+    """
+
+    offset: int = 0
+    zero: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AlibiPositions:
+    """Scores get slope x key position (Press et al. 2021), a slope for each query head.
+
+    `multiplier` times that; `rounded`: slope, position and product in bfloat16 (Falcon).
+    """
+
+    slopes: tuple[float, ...]
+    multiplier: float = 1.0
+    rounded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RopePositions:
     """Rotary positions (Su et al. 2021); halves of a head rotate against each other, as in Llama.
 
-    `scaling` is "default", "linear" (frequencies divided by `factor`) or "llama3" (long wavelengths
-    divided by `factor`, short ones kept, the rest between: Llama 3.1's reference code).
+    Attributes:
+        theta: base of the wavelengths.
+        scaling: "default"; "linear" (frequencies divided by `factor`); "dynamic" (theta grows with the
+            sequence once it is longer than `original_max_position_embeddings`); "yarn" (Peng et al.
+            2023); "longrope" (Ding et al. 2024: `long_factors` for sequences beyond the original
+            context, else `short_factors`); "llama3" (long wavelengths divided by `factor`, short ones
+            kept, the rest between).
+        rotary_dim: the first so many values of a head rotate; 0 for all.
+        attention_factor: cosines and sines are multiplied by it (yarn, longrope).
+        beta_fast, beta_slow, truncate: of yarn, where its ramp lies, and whether on whole dimensions.
     """
 
     theta: float
@@ -166,11 +235,102 @@ class RopePositions:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+    rotary_dim: int = 0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    @property
+    def grows(self) -> bool:
+        """Whether the angle of a position depends on the length of its sequence too."""
+        return self.scaling in ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """A mixture of experts in place of the MLP (Shazeer et al. 2017): the weighted sum of a token's best few.
+
+    Attributes:
+        count, per_token: experts of a layer, and how many of them compute a token.
+        intermediate_size: of one expert.
+        scores: "softmax" over all experts, or "sigmoid" of each.
+        normalized: the chosen experts' weights are divided by their sum.
+        scale: and multiplied by this.
+        correction: a bias is added to the scores for the choice, not for the weights (DeepSeek-V3).
+        groups, groups_per_token: the choice is among the experts of the best groups, judged by the sum
+            of their two best scores.
+        bias: the router and the experts have biases.
+        shared_intermediate_size: of a further MLP that computes every token; 0 for none.
+        shared_gate: its output is multiplied by the sigmoid of a product with the token.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    scores: str = "softmax"
+    normalized: bool = False
+    scale: float = 1.0
+    correction: bool = False
+    groups: int = 1
+    groups_per_token: int = 1
+    bias: bool = False
+    shared_intermediate_size: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Keys and values as one low-rank vector a token (DeepSeek-V2): what the cache holds is that vector.
+
+    Attributes:
+        norm: of that vector.
+        query_rank: queries come through a vector of this size too, with such a norm; 0: they don't.
+        latent_dim: size of the vector, from which keys and values of all heads are made.
+        rotary_dim: of a key that all heads share, beside it.
+        key_dim, value_dim: of one head, without the rotary part.
+    """
+
+    norm: NormSpec
+    query_rank: int
+    latent_dim: int
+    rotary_dim: int
+    key_dim: int
+    value_dim: int
+
+
+Positions = LearnedPositions | SinusoidalPositions | AlibiPositions | RopePositions
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder with its sizes: blocks of norm, attention, norm, MLP, each added to its input."""
+    """A decoder: its sizes, and how its layers are made. Defaults are those of a Llama or GPT-2 block.
+
+    Attributes:
+        num_kv_heads, head_dim: as the cache stores them.
+        max_position_embeddings: the context, in tokens.
+        norm_place: "pre": x + f(norm(x)); "output": x + norm(f(x)); "sandwich": x + norm(f(norm(x)));
+            "post": norm(x + f(x)), without a norm at the end.
+        parallel: attention and MLP read the same x: x + attention(norm(x)) + mlp(norm(x)).
+        shared_norm: and the same norm of it.
+        gated: the MLP multiplies activation(gate) by up.
+        up_limit: gate and up are clamped to this, and the product is (up + 1) gate sigmoid(1.702 gate)
+            (GPT-OSS); 0 for none.
+        windows: of each layer, how many last positions a query sees, itself included; None: all. () for
+            none in any layer.
+        ropes: of each layer, its rotary positions, None for none. () for `positions` in all.
+        expert_layers: which layers have `experts`; the others have an MLP.
+        attention_multiplier: what scores are multiplied by, in place of 1 / sqrt(head_dim).
+        score_cap, logit_cap: c tanh(x / c) of scores and of logits.
+        sinks: every head has a score that takes its part in the softmax and adds no value.
+        qkv_clip: queries, keys and values are clamped to this.
+        embedding_size: of the token embeddings, where it differs from `hidden_size`.
+        embedding_multiplier, residual_multiplier, logit_multiplier: of the token embeddings, of what
+            each block adds, and of the logits.
+        tied_head: the head's matrix is the token embedding's.
+    """
 
     architecture: str
     vocab_size: int
@@ -180,18 +340,41 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    max_position_embeddings: int  # the context, in tokens
+    max_position_embeddings: int
     norm: NormSpec
-    positions: LearnedPositions | RopePositions
+    positions: Positions
     activation: str  # one of ACTIVATIONS
-    gated: bool  # the MLP multiplies activation(gate) by up
+    gated: bool
     qkv_bias: bool
     attention_out_bias: bool
     mlp_bias: bool
-    tied_head: bool  # the head's matrix is the token embedding's
-    weights: WeightMap = field(repr=False)
+    tied_head: bool
+    weights: WeightMap = field(default_factory=WeightMap, repr=False)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    # How a family may differ. The native kernel knows none of these but where it says so.
+    norm_place: str = "pre"
+    parallel: bool = False
+    shared_norm: bool = False
+    head_norm: HeadNorm | None = None
+    embedding_norm: NormSpec | None = None
+    final_norm: bool = True
+    head_bias: bool = False
+    up_limit: float = 0.0
+    windows: tuple[int | None, ...] = ()
+    ropes: tuple[RopePositions | None, ...] = ()
+    experts: ExpertsSpec | None = None
+    expert_layers: tuple[int, ...] = ()
+    latent: LatentAttention | None = None
+    attention_multiplier: float | None = None
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+    sinks: bool = False
+    qkv_clip: float = 0.0
+    embedding_size: int | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -202,12 +385,41 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float:
         """What scores are multiplied by."""
-        return float(self.head_dim**-0.5)
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    def window(self, layer: int) -> int | None:
+        """How many last positions a query of the layer sees, itself included; None: all."""
+        return self.windows[layer] if self.windows else None
+
+    def rope(self, layer: int) -> RopePositions | None:
+        """The layer's rotary positions, if it has some."""
+        if self.ropes:
+            return self.ropes[layer]
+        return self.positions if isinstance(self.positions, RopePositions) else None
+
+    @property
+    def rope_context(self) -> tuple[int, bool]:
+        """For ropes that grow: up to which length they don't, and whether each length beyond differs."""
+        growing = [
+            rope for rope in (*self.ropes, self.positions) if isinstance(rope, RopePositions) and rope.grows
+        ]
+        lengths = {rope.original_max_position_embeddings for rope in growing}
+        return min(lengths, default=0), any(rope.scaling == "dynamic" for rope in growing)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Cache bytes of one token: a key and a value in every layer."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
 
+    def differences(self) -> Iterator[str]:
+        """Names of the fields in which this differs from a Llama or GPT-2 block."""
+        for described in fields(self):
+            value, usual = getattr(self, described.name), described.default
+            if usual is not MISSING and value != usual and "token_id" not in described.name:
+                yield described.name
+
 
 # Names as in config.json; what each computes is in layers.py.
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = (
+    "silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python", "quick_gelu",
+    "relu", "relu2",
+)  # fmt: skip

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, AttentionBatch
+from .attention import Alibi, Attention, AttentionBatch, Scoring
 from .cache import KVCache
-from .layers import ACTIVATIONS, Linear, Norm, Rotation, Weights, rope_frequencies
-from .spec import LearnedPositions, ModelSpec, RopePositions
+from .experts import Experts
+from .latent import Latent
+from .layers import ACTIVATIONS, Linear, Norm, Weights, capped
+from .rope import Rope, Rotation, sinusoids
+from .spec import AlibiPositions, LearnedPositions, ModelSpec, SinusoidalPositions
 
 
 class Decoder(Protocol):
@@ -38,7 +42,7 @@ class Decoder(Protocol):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention and MLP, each added to what it reads; see `ModelSpec` for where norms stand."""
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
@@ -47,15 +51,50 @@ class Layer(nn.Module):
         self.num_heads = spec.num_heads
         self.num_kv_heads = spec.num_kv_heads
         self.head_dim = spec.head_dim
-        self.scale = spec.attention_scale
+        self.scoring = Scoring(spec.attention_scale, spec.window(index), spec.score_cap)
         self.gated = spec.gated
+        self.up_limit = spec.up_limit
         self.activation = ACTIVATIONS[spec.activation]
-        self.attention_norm = Norm(spec.norm, hidden)
-        self.qkv = Linear(sum(spec.qkv_sizes), hidden, bias=spec.qkv_bias)
-        self.attention_out = Linear(hidden, spec.qkv_sizes[0], bias=spec.attention_out_bias)
-        self.mlp_norm = Norm(spec.norm, hidden)
-        self.up = Linear(2 * inner if spec.gated else inner, hidden, bias=spec.mlp_bias)  # gate, up
-        self.down = Linear(hidden, inner, bias=spec.mlp_bias)
+        self.qkv_clip = spec.qkv_clip
+        self.norm_place = spec.norm_place
+        self.parallel = spec.parallel
+        self.residual_multiplier = spec.residual_multiplier
+        one, two = spec.norm_place != "output", spec.norm_place in ("output", "sandwich")
+        self.attention_norm = Norm(spec.norm, hidden) if one else None
+        query, key, _ = spec.qkv_sizes
+        self.latent: Latent | None = None
+        if spec.latent is None:
+            self.qkv = Linear(sum(spec.qkv_sizes), hidden, bias=spec.qkv_bias)
+        else:
+            self.latent = Latent(spec, spec.latent)
+            query = spec.num_heads * spec.latent.value_dim
+        self.query_norm = self._head_norm(spec, spec.num_heads, query)
+        self.key_norm = self._head_norm(spec, spec.num_kv_heads, key)
+        self.sinks = Weights(spec.num_heads) if spec.sinks else None
+        self.attention_out = Linear(hidden, query, bias=spec.attention_out_bias)
+        self.attention_out_norm = Norm(spec.norm, hidden) if two else None
+        self.mlp_norm = Norm(spec.norm, hidden) if one and not spec.shared_norm else None
+        self.experts: Experts | None = None
+        if spec.experts is not None and index in spec.expert_layers:
+            self.experts = Experts(spec, spec.experts, self._inner)
+        else:
+            self.up = Linear(2 * inner if spec.gated else inner, hidden, bias=spec.mlp_bias)  # gate, up
+            self.down = Linear(hidden, inner, bias=spec.mlp_bias)
+        self.mlp_out_norm = Norm(spec.norm, hidden) if two else None
+
+    @staticmethod
+    def _head_norm(spec: ModelSpec, heads: int, width: int) -> Norm | None:
+        if spec.head_norm is None:
+            return None
+        norm, scope = spec.head_norm.norm, spec.head_norm.scope
+        return Norm(norm, width if scope == "all" else spec.head_dim, heads if scope == "heads" else 0)
+
+    def place(self, spec: ModelSpec, device: torch.device) -> None:
+        """Computes what is derived from the spec, on the device."""
+        if isinstance(spec.positions, AlibiPositions):
+            slopes = torch.tensor(spec.positions.slopes, dtype=torch.float32, device=device)
+            alibi = Alibi(slopes, spec.positions.multiplier, spec.positions.rounded)
+            self.scoring = replace(self.scoring, alibi=alibi)
 
     def forward(
         self,
@@ -66,44 +105,123 @@ class Layer(nn.Module):
         batch: AttentionBatch,
     ) -> Tensor:
         """[N, hidden] to [N, hidden]."""
-        heads = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, self.head_dim)
+        before = self.norm_place != "post"
+        normed = self.attention_norm(x) if self.attention_norm is not None and before else x
+        attended = self._attend(normed, rotation, cache, attention, batch)
+        if self.attention_out_norm is not None:
+            attended = self.attention_out_norm(attended)
+        if self.residual_multiplier != 1:
+            attended = attended * self.residual_multiplier
+        if self.parallel:
+            if self.mlp_norm is not None:
+                normed = self.mlp_norm(x)
+            return x + attended + self._mlp(normed)
+        x = x + attended
+        if self.attention_norm is not None and not before:
+            x = self.attention_norm(x)
+        found = self._mlp(self.mlp_norm(x) if self.mlp_norm is not None and before else x)
+        if self.mlp_out_norm is not None:
+            found = self.mlp_out_norm(found)
+        if self.residual_multiplier != 1:
+            found = found * self.residual_multiplier
+        x = x + found
+        return self.mlp_norm(x) if self.mlp_norm is not None and not before else x
+
+    def _attend(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        cache: KVCache,
+        attention: Attention,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """[N, hidden] of normed [N, hidden]."""
+        if self.latent is not None:
+            assert rotation is not None
+            query, vectors = self.latent.query(x, rotation), self.latent.vectors(x, rotation)
+            cache.write(self.index, vectors, vectors, batch)
+            found = attention(query, cache, self.index, batch, self.scoring)
+            return self.attention_out(self.latent.values(found))
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            heads = self._norm_heads(heads, self.query_norm, self.key_norm)
+        if self.qkv_clip:
+            heads = heads.clamp(-self.qkv_clip, self.qkv_clip)
         query_key = heads[:, : self.num_heads + self.num_kv_heads]
         if rotation is not None:
             query_key = rotation(query_key)
-        query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=1)
+        query, key = torch.split(query_key, [self.num_heads, self.num_kv_heads], dim=1)
         cache.write(self.index, key, heads[:, self.num_heads + self.num_kv_heads :], batch)
-        x = x + self.attention_out(attention(query, cache, self.index, batch, self.scale))
-        inner = self.up(self.mlp_norm(x))
-        if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = self.activation(gate).mul_(up)
-        else:
-            inner = self.activation(inner)
-        out: Tensor = x + self.down(inner)
-        return out
+        scoring = self.scoring if self.sinks is None else replace(self.scoring, sinks=self.sinks.weight)
+        return self.attention_out(attention(query, cache, self.index, batch, scoring))
+
+    def _norm_heads(self, heads: Tensor, query_norm: Norm, key_norm: Norm) -> Tensor:
+        """Heads [N, q, k and v heads, head_dim], queries and keys normalized by head or all as one."""
+        query, key, value = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        whole = query_norm.shape[0] != self.head_dim
+        query, key = (
+            norm(part.flatten(1)).view(part.shape) if whole else norm(part)
+            for norm, part in ((query_norm, query), (key_norm, key))
+        )
+        return torch.cat((query, key, value), dim=1)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if self.experts is not None:
+            return self.experts(x)
+        return self.down(self._inner(self.up(x)))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """Of up's product, what down multiplies."""
+        if not self.gated:
+            return self.activation(x)
+        gate, up = x.chunk(2, dim=-1)
+        if self.up_limit:
+            gate, up = gate.clamp(max=self.up_limit), up.clamp(-self.up_limit, self.up_limit) + 1
+        return self.activation(gate).mul_(up)
 
 
 class Transformer(nn.Module):
     """A decoder built from its spec. Parameters are uninitialized until `loader.load_model` fills them."""
 
-    rope: Tensor | None
-
     def __init__(self, spec: ModelSpec, attention: Attention) -> None:
         super().__init__()
         self.spec = spec
         self.attention = attention
-        self.embed = Weights(spec.vocab_size, spec.hidden_size)
-        learned = isinstance(spec.positions, LearnedPositions)
-        self.positions = Weights(spec.max_position_embeddings, spec.hidden_size) if learned else None
+        width = spec.embedding_size or spec.hidden_size
+        narrow = width != spec.hidden_size
+        self.embed = Weights(spec.vocab_size, width)
+        self.embed_in = Linear(spec.hidden_size, width) if narrow else None
+        self.embed_out = Linear(width, spec.hidden_size) if narrow else None
+        self.embedding_norm = Norm(spec.embedding_norm, spec.hidden_size) if spec.embedding_norm else None
+        self.positions: Weights | None = None
+        if isinstance(spec.positions, LearnedPositions):
+            rows = spec.max_position_embeddings + spec.positions.offset
+            self.positions = Weights(rows, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
-        self.final_norm = Norm(spec.norm, spec.hidden_size)
-        self.head = None if spec.tied_head else Linear(spec.vocab_size, spec.hidden_size)
-        self.rope = None
+        self.final_norm = Norm(spec.norm, spec.hidden_size) if spec.final_norm else None
+        self.head = None if spec.tied_head else Linear(spec.vocab_size, width, bias=spec.head_bias)
+        self._ropes: list[Rope] = []
+        self._rope_of: list[int | None] = []  # of each layer, which of them
+        self._waves: Tensor | None = None
 
     def place(self, device: torch.device) -> None:
         """Computes what is derived from the spec, on the device. The loader calls it."""
-        if isinstance(self.spec.positions, RopePositions):
-            self.rope = rope_frequencies(self.spec.positions, self.spec.head_dim).to(device)
+        spec = self.spec
+        by_layer = [spec.rope(layer) for layer in range(spec.num_layers)]
+        kinds = list(dict.fromkeys(rope for rope in by_layer if rope is not None))
+        head_dim = spec.head_dim if spec.latent is None else spec.latent.rotary_dim
+        self._ropes = [Rope(rope, head_dim, device) for rope in kinds]
+        self._rope_of = [None if rope is None else kinds.index(rope) for rope in by_layer]
+        if isinstance(spec.positions, SinusoidalPositions):
+            self._waves = sinusoids(spec.positions, spec.max_position_embeddings, spec.hidden_size).to(device)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.place(spec, device)
+
+    @property
+    def rope(self) -> Tensor | None:
+        """float32 [rotary_dim / 2]: radians per position of the first rope, for specs with one or none."""
+        return self._ropes[0].frequencies if self._ropes else None
 
     def forward(
         self,
@@ -119,21 +237,41 @@ class Transformer(nn.Module):
         called after each layer.
         """
         cache.begin_step(attention)
-        x = F.embedding(token_ids, self.embed.weight)
-        if self.positions is not None:
-            x = x + F.embedding(positions, self.positions.weight)
-        rotation = None if self.rope is None else Rotation(self.rope, positions, x.dtype)
-        for layer in self.layers:
+        x = self._embed(token_ids, positions)
+        lengths = None
+        if any(rope.spec.grows for rope in self._ropes):
+            lengths = attention.derive(_prompt_lengths)
+            lengths = positions + 1 if lengths is None else torch.maximum(lengths, positions + 1)
+        rotations = [rope.rotation(positions, lengths, x.dtype) for rope in self._ropes]
+        for layer, rope in zip(self.layers, self._rope_of, strict=True):
+            rotation = None if rope is None else rotations[rope]
             x = layer(x, rotation, cache, self.attention, attention)
             if on_layer is not None:
                 on_layer()
-        hidden: Tensor = self.final_norm(x)
-        return hidden
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """[N, hidden_size]"""
+        x = F.embedding(token_ids, self.embed.weight)
+        if self.spec.embedding_multiplier != 1:
+            x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype, device=x.device)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.positions is not None and isinstance(self.spec.positions, LearnedPositions):
+            x = x + F.embedding(positions + self.spec.positions.offset, self.positions.weight)
+        if self._waves is not None:
+            x = x + F.embedding(positions, self._waves).to(x.dtype)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, vocab_size] of hidden [R, hidden_size]."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(hidden, weight).float()
+        if self.embed_out is not None:
+            hidden = self.embed_out(hidden)
+        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        logits = logits.float()
+        if self.spec.logit_multiplier != 1:
+            logits = logits * self.spec.logit_multiplier
+        return capped(logits, self.spec.logit_cap) if self.spec.logit_cap else logits
 
     @property
     def device(self) -> torch.device:
@@ -146,3 +284,13 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         """Weights; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _prompt_lengths(batch: AttentionBatch) -> Tensor | None:
+    """int64 [N]: of each row, its sequence's prompt; 0 for padding."""
+    if not batch.prompt_lens:
+        return None
+    lengths = torch.zeros(batch.slot_mapping.numel(), dtype=torch.int64)
+    for sequence, length in enumerate(batch.prompt_lens):
+        lengths[batch.cu_seqlens_q[sequence] : batch.cu_seqlens_q[sequence + 1]] = length
+    return lengths.to(batch.slot_mapping.device)

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from .batch import AttentionBatch
+from .scoring import Alibi, Scoring
 
 if TYPE_CHECKING:
     from ..cache import KVCache
 
-__all__ = ["Attention", "AttentionBatch", "choose"]
+__all__ = ["Alibi", "Attention", "AttentionBatch", "Scoring", "choose"]
 
 
 class Attention(Protocol):
     """Causal attention of the rows of a step over the keys and values of their sequences."""
 
     def __call__(
-        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scale: float
+        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring
     ) -> Tensor:
         """[N, num_heads * head_dim] from query [N, num_heads, head_dim]; keys and values are in the cache.
 

@@ -21,12 +21,15 @@ class AttentionBatch:
         seq_lens: [S] keys of each sequence after this step; its queries are its last positions.
         block_tables: int64 [S, max_blocks], padded with 0.
         slot_mapping: int64 [N], block * block_size + offset.
+        prompt_lens: [S] tokens of each sequence's prompt, where positions depend on it (ropes that
+            grow); empty: each row is taken for its sequence's last.
     """
 
     cu_seqlens_q: list[int]
     seq_lens: list[int]
     block_tables: Tensor
     slot_mapping: Tensor
+    prompt_lens: list[int] = field(default_factory=list)
     _derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

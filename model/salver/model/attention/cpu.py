@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..cache import KVCache
 from .batch import AttentionBatch
+from .scoring import Scoring
 
 BUCKET_WASTE = 0.75  # no sequence of a bucket is shorter than this share of its longest ...
 BUCKET_SLACK = 64  # ... or than that less so many tokens, so that short ones are not scattered
@@ -27,16 +28,18 @@ class _DecodeBucket:
     count: int  # B
     index: Tensor  # rows of the cache to gather: keys and values, sequences, heads, blocks
     length: int  # keys of the longest
-    bias: Tensor | None  # float [B, 1, 1, length]: -inf past a sequence's end; None: all are equally long
+    positions: Tensor  # int64 [B, length] of the keys
+    bias: Tensor | None  # float [B, 1, 1, 1, length]: -inf for what a query does not see; None: it sees all
 
 
 @dataclass(frozen=True)
 class _Chunk:
     begin: int
     end: int
-    length: int
+    offset: int  # position of the first key
+    length: int  # keys
     index: Tensor
-    bias: Tensor | None  # [end - begin, length]: -inf in the future; None: the chunk is the whole sequence
+    bias: Tensor | None  # [end - begin, length]: -inf for what a query does not see; None: all but the future
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,27 @@ class GatheringAttention:
     def __init__(self, *, exact: bool) -> None:
         self.exact = exact
         self._scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._planner: _Planner | None = None
+        self._planners: dict[int | None, _Planner] = {}  # by window
 
     def __call__(
-        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scale: float
+        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring
     ) -> Tensor:
-        if self._planner is None or self._planner.cache is not cache:
-            self._planner = _Planner(cache)
-        plan = batch.derive(self._planner.plan)
+        planner = self._planners.get(scoring.window)
+        if planner is None or planner.cache is not cache:
+            planner = self._planners[scoring.window] = _Planner(cache, scoring.window)
+        plan = batch.derive(planner.plan)
         if not plan.chunks and len(plan.buckets) == 1 and plan.buckets[0].rows is None:
-            return self._decode(query, cache, layer, plan.buckets[0], scale)
+            return self._decode(query, cache, layer, plan.buckets[0], scoring)
         num_rows, num_heads, head_dim = query.shape
         out = query.new_empty((num_rows, num_heads * head_dim))
         out[batch.num_tokens :] = 0
         for bucket in plan.buckets:
             assert bucket.rows is not None
-            found = self._decode(query.index_select(0, bucket.rows), cache, layer, bucket, scale)
+            found = self._decode(query.index_select(0, bucket.rows), cache, layer, bucket, scoring)
             out.index_copy_(0, bucket.rows, found)
         for chunk in plan.chunks:
             out[chunk.begin : chunk.end] = self._chunk(
-                query[chunk.begin : chunk.end], cache, layer, chunk, scale
+                query[chunk.begin : chunk.end], cache, layer, chunk, scoring
             )
         return out
 
@@ -95,77 +99,97 @@ class GatheringAttention:
             return stored
         return self._buffer("wide", stored.numel(), rows, dtype).view(shape).copy_(stored)
 
-    def _compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def _compute_dtype(self, dtype: torch.dtype, scoring: Scoring) -> torch.dtype:
         if not self.exact:
-            return dtype
+            return dtype if scoring.plain else torch.float32
         return torch.float64 if dtype == torch.float32 else torch.float32
 
     def _decode(
-        self, query: Tensor, cache: KVCache, layer: int, bucket: _DecodeBucket, scale: float
+        self, query: Tensor, cache: KVCache, layer: int, bucket: _DecodeBucket, scoring: Scoring
     ) -> Tensor:
         """[B, num_heads * head_dim] of query [B, num_heads, head_dim]; heads that share keys are a matrix."""
         heads, head_dim = cache.num_kv_heads, cache.head_dim
         group = query.shape[1] // heads
-        dtype = self._compute_dtype(query.dtype)
+        dtype = self._compute_dtype(query.dtype, scoring)
         gathered = self._gather(cache, layer, bucket.index, dtype)
         keys, values = gathered.view(2, bucket.count * heads, -1, head_dim)[:, :, : bucket.length].unbind(0)
-        rows = query.reshape(bucket.count * heads, group, head_dim).to(dtype) * scale
-        scores = torch.bmm(rows, keys.transpose(1, 2))
+        rows = query.reshape(bucket.count * heads, group, head_dim).to(dtype) * scoring.scale
+        scores = torch.bmm(rows, keys.transpose(1, 2)).view(bucket.count, heads, group, 1, -1)
+        scores = scoring.adjust(scores, bucket.positions)
         if bucket.bias is not None:
-            bias = bucket.bias if bucket.bias.dtype == dtype else bucket.bias.to(dtype)
-            scores.view(bucket.count, heads, group, -1).add_(bias)
-        found = torch.bmm(scores.softmax(-1), values)
-        return found.view(bucket.count, -1).to(query.dtype)
+            scores += bucket.bias
+        weights = scoring.weights(scores).view(bucket.count * heads, group, -1)
+        return torch.bmm(weights, values).view(bucket.count, -1).to(query.dtype)
 
-    def _chunk(self, query: Tensor, cache: KVCache, layer: int, chunk: _Chunk, scale: float) -> Tensor:
+    def _chunk(self, query: Tensor, cache: KVCache, layer: int, chunk: _Chunk, scoring: Scoring) -> Tensor:
         """[n, num_heads * head_dim] of query [n, num_heads, head_dim]."""
         heads, head_dim = cache.num_kv_heads, cache.head_dim
         wide = self.exact and query.dtype == torch.float32
-        dtype = torch.float64 if wide else query.dtype
+        by_hand = wide or not scoring.plain
+        dtype = self._compute_dtype(query.dtype, scoring) if by_hand else query.dtype
         gathered = self._gather(cache, layer, chunk.index, dtype)
         keys, values = gathered.view(2, heads, -1, head_dim)[:, :, : chunk.length].unbind(0)
         rows = query.transpose(0, 1)  # [num_heads, n, head_dim]
-        if wide:
-            return self._tiles(rows.to(dtype) * scale, keys, values).to(query.dtype)
+        if by_hand:
+            found = self._tiles(rows.to(dtype) * scoring.scale, keys, values, scoring, chunk.offset)
+            return found.to(query.dtype)
         found = F.scaled_dot_product_attention(  # float32 inside, whatever it is given
             rows[None],
             keys[None],
             values[None],
             attn_mask=chunk.bias,
             is_causal=chunk.bias is None,
-            scale=scale,
+            scale=scoring.scale,
             enable_gqa=True,
         )
         return found[0].transpose(0, 1).flatten(1)
 
-    def _tiles(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _tiles(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, offset: int) -> Tensor:
         """[n, num_heads * head_dim] of query [num_heads, n, head_dim], some rows at a time.
 
-        Heads that share keys are one matrix; keys after a tile's last row are not touched.
+        Heads that share keys are one matrix; keys that no row of a tile sees are not touched. The first
+        key is at position `offset`.
         """
         heads, length, head_dim = keys.shape
         count = query.shape[1]
         group = query.shape[0] // heads
         past = length - count
+        positions = torch.arange(length, device=query.device)
         out = query.new_empty((count, heads, group, head_dim))
         for begin in range(0, count, EXACT_ROWS):
             end = min(begin + EXACT_ROWS, count)
-            seen = past + end
+            first = 0 if scoring.window is None else max(0, past + begin - scoring.window + 1)
+            seen = slice(first, past + end)
             rows = query[:, begin:end].reshape(heads, group * (end - begin), head_dim)
-            scores = torch.bmm(rows, keys[:, :seen].transpose(1, 2)).view(heads, group, end - begin, seen)
-            corner = torch.ones((end - begin, end - begin), dtype=torch.bool, device=query.device).triu_(1)
-            scores[..., past + begin :].masked_fill_(corner, float("-inf"))
-            weights = scores.softmax(-1).view(heads, group * (end - begin), seen)
-            found = torch.bmm(weights, values[:, :seen]).view(heads, group, end - begin, head_dim)
+            scores = torch.bmm(rows, keys[:, seen].transpose(1, 2))
+            scores = scores.view(heads, group, end - begin, past + end - first)
+            scores = scoring.adjust(scores, positions[seen] + offset)
+            if scoring.window is None:
+                corner = torch.ones((end - begin, end - begin), dtype=torch.bool, device=query.device).triu_(
+                    1
+                )
+                scores[..., past + begin :].masked_fill_(corner, float("-inf"))
+            else:
+                hidden = _hidden(positions[seen], positions[past + begin : past + end], scoring.window)
+                scores.masked_fill_(hidden, float("-inf"))
+            weights = scoring.weights(scores).view(heads, group * (end - begin), -1)
+            found = torch.bmm(weights, values[:, seen]).view(heads, group, end - begin, head_dim)
             out[begin:end] = found.permute(2, 0, 1, 3)
         return out.flatten(1)
 
 
-class _Planner:
-    """Makes the plan of a step for one cache."""
+def _hidden(keys: Tensor, queries: Tensor, window: int | None) -> Tensor:
+    """bool [Q, K]: which keys at positions [K] a query at positions [Q] does not see."""
+    hidden = keys > queries[:, None]
+    return hidden if window is None else hidden | (keys <= queries[:, None] - window)
 
-    def __init__(self, cache: KVCache) -> None:
+
+class _Planner:
+    """Makes the plan of a step for one cache and window. Blocks that no query sees are not gathered."""
+
+    def __init__(self, cache: KVCache, window: int | None) -> None:
         self.cache = cache
+        self._window = window
 
     def plan(self, batch: AttentionBatch) -> _Plan:
         block_size = self.cache.block_size
@@ -173,17 +197,18 @@ class _Planner:
         sequences = range(len(batch.seq_lens))
         decodes = [s for s in sequences if bounds[s + 1] - bounds[s] == 1]
         chunks = [self._chunk(batch, s) for s in sequences if bounds[s + 1] - bounds[s] > 1]
-        decodes.sort(key=lambda s: -batch.seq_lens[s])  # stable: equal lengths stay in order
+        lengths = {s: batch.seq_lens[s] - self._offset(batch.seq_lens[s]) for s in decodes}
+        decodes.sort(key=lambda s: -lengths[s])  # stable: equal lengths stay in order
         buckets: list[_DecodeBucket] = []
         begin = 0
         while begin < len(decodes):
-            longest = batch.seq_lens[decodes[begin]]
+            longest = lengths[decodes[begin]]
             padded = -(-longest // block_size) * block_size
             shortest = min(longest * BUCKET_WASTE, longest - BUCKET_SLACK)
             end = begin + 1
             while (
                 end < len(decodes)
-                and batch.seq_lens[decodes[end]] >= shortest
+                and lengths[decodes[end]] >= shortest
                 and (end + 1 - begin) * padded <= BUCKET_TOKENS
             ):
                 end += 1
@@ -193,38 +218,59 @@ class _Planner:
             buckets = [self._bucket(batch, sorted(decodes), everything=True)]
         return _Plan(buckets, chunks)
 
+    def _offset(self, length: int, queries: int = 1) -> int:
+        """Where the first block begins that the last so many queries of a sequence see."""
+        if self._window is None:
+            return 0
+        size = self.cache.block_size
+        return max(0, length - queries - self._window + 1) // size * size
+
     def _bucket(self, batch: AttentionBatch, chosen: list[int], *, everything: bool = False) -> _DecodeBucket:
         device = batch.block_tables.device
-        lengths = [batch.seq_lens[s] for s in chosen]
+        size = self.cache.block_size
+        offsets = [self._offset(batch.seq_lens[s]) for s in chosen]
+        lengths = [batch.seq_lens[s] - offset for s, offset in zip(chosen, offsets, strict=True)]
         length = max(lengths)
-        num_blocks = -(-length // self.cache.block_size)
+        num_blocks = -(-length // size)
         ends = torch.tensor(lengths, device=device)
+        begins = torch.tensor(offsets, device=device)
         tables = batch.block_tables
         if not everything:
             tables = tables.index_select(0, torch.tensor(chosen, device=device))
-        tables = tables[:, :num_blocks]
+        first = torch.arange(num_blocks, device=device)
+        if any(offsets):
+            columns = (begins[:, None] // size + first).clamp(max=tables.shape[1] - 1)
+            tables = tables.gather(1, columns)
+        else:
+            tables = tables[:, :num_blocks]
         # Past its end a sequence reads its own first block again: masked, and surely finite if it is.
-        first = torch.arange(num_blocks, device=device) * self.cache.block_size
-        tables = torch.where(first < ends[:, None], tables, tables[:, :1])
+        tables = torch.where(first * size < ends[:, None], tables, tables[:, :1])
+        keys = torch.arange(length, device=device)
         bias = None
-        if min(lengths) < length:
-            past = torch.arange(length, device=device) >= ends[:, None]
-            bias = torch.zeros(past.shape, device=device).masked_fill_(past, float("-inf"))[:, None, None, :]
+        passed = self._window is not None and any(batch.seq_lens[s] > self._window for s in chosen)
+        if passed or min(lengths) < length:
+            hidden = keys >= ends[:, None]
+            if self._window is not None:
+                hidden |= keys < (ends - self._window)[:, None]
+            bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+            bias = bias[:, None, None, None, :]
         rows = None
         if not everything:
             rows = torch.tensor([batch.cu_seqlens_q[s] for s in chosen], device=device)
         index = self.cache.block_row_index(tables).flatten()
-        return _DecodeBucket(rows, len(chosen), index, length, bias)
+        return _DecodeBucket(rows, len(chosen), index, length, begins[:, None] + keys, bias)
 
     def _chunk(self, batch: AttentionBatch, sequence: int) -> _Chunk:
         begin, end = batch.cu_seqlens_q[sequence : sequence + 2]
         length = batch.seq_lens[sequence]
-        num_blocks = -(-length // self.cache.block_size)
-        index = self.cache.block_row_index(batch.block_tables[sequence : sequence + 1, :num_blocks])
+        size = self.cache.block_size
+        offset = self._offset(length, end - begin)
+        blocks = slice(offset // size, -(-length // size))
+        index = self.cache.block_row_index(batch.block_tables[sequence : sequence + 1, blocks])
         bias = None
-        if end - begin < length:
-            positions = torch.arange(length, device=index.device)
-            future = positions > positions[length - (end - begin) :, None]
-            bias = torch.zeros(future.shape, dtype=self.cache.data.dtype, device=index.device)
-            bias.masked_fill_(future, float("-inf"))
-        return _Chunk(begin, end, length, index.flatten(), bias)
+        if end - begin < length or (self._window is not None and self._window < length):
+            keys = torch.arange(offset, length, device=index.device)
+            hidden = _hidden(keys, keys[-(end - begin) :], self._window)
+            bias = torch.zeros(hidden.shape, dtype=self.cache.data.dtype, device=index.device)
+            bias.masked_fill_(hidden, float("-inf"))
+        return _Chunk(begin, end, offset, length - offset, index.flatten(), bias)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable
 
 from ..config_reader import ConfigReader
@@ -17,16 +18,26 @@ Family = Callable[[ConfigReader], ModelSpec]
 FAMILIES: dict[str, Family] = {}
 
 
-def family(architecture: str) -> Callable[[Family], Family]:
-    """Registers a function for a name in config.json's `architectures`."""
+def family(*architectures: str) -> Callable[[Family], Family]:
+    """Registers a function for names in config.json's `architectures`."""
 
     def register(function: Family) -> Family:
-        if architecture in FAMILIES:
-            raise ValueError(f"{architecture} is registered twice")
-        FAMILIES[architecture] = function
+        for architecture in architectures:
+            if architecture in FAMILIES:
+                raise ValueError(f"{architecture} is registered twice")
+            FAMILIES[architecture] = function
         return function
 
     return register
+
+
+def supported() -> list[tuple[str, str]]:
+    """(name in `architectures`, what its module says of the family) of all that can be served."""
+    found = []
+    for architecture, function in sorted(FAMILIES.items()):
+        described = sys.modules[function.__module__].__doc__ or ""
+        found.append((architecture, " ".join(described.split("\n\n")[0].split())))
+    return found
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -2,61 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 from ..config_reader import ConfigReader
-from ..spec import ACTIVATIONS, Copy, LearnedPositions, ModelSpec, NormSpec, Source, Transpose, WeightMap
+from ..spec import ACTIVATIONS, LearnedPositions, ModelSpec, NormSpec
+from ..weight_names import Names, transposed, with_weights
 from . import family
 
-_NORMS = {"attention_norm": "ln_1", "mlp_norm": "ln_2"}
-_PRODUCTS = {"qkv": "attn.c_attn", "attention_out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+GPT2: Names = {
+    "embed": "wte",
+    "positions": "wpe",
+    "attention_norm": "h.{layer}.ln_1",
+    "qkv": transposed("h.{layer}.attn.c_attn"),
+    "attention_out": transposed("h.{layer}.attn.c_proj"),
+    "mlp_norm": "h.{layer}.ln_2",
+    "up": transposed("h.{layer}.mlp.c_fc"),
+    "down": transposed("h.{layer}.mlp.c_proj"),
+    "final_norm": "ln_f",
+    "head": "lm_head",
+}
+MASKS = (
+    r"h\.\d+\.attn\.((attention\.)?(masked_)?bias|causal_mask)",
+)  # the causal mask, which early checkpoints saved
 
 
 @family("GPT2LMHeadModel")
 def gpt2(c: ConfigReader) -> ModelSpec:
-    hidden_size, num_heads = c.size("n_embd"), c.size("n_head")
-    if hidden_size % num_heads:
-        raise c.error("n_head", f"({num_heads}) must divide n_embd ({hidden_size})")
     c.only("scale_attn_weights", True)
     c.only("scale_attn_by_inverse_layer_idx", False)
     c.only("add_cross_attention", False)
-    tied_head = c.boolean("tie_word_embeddings", True)
-    return ModelSpec(
-        architecture="GPT2LMHeadModel",
+    return gpt_spec(c, "GPT2LMHeadModel", GPT2, optional_prefix="transformer.", ignored=MASKS)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a config calls the sizes of a GPT."""
+
+    hidden_size: str = "n_embd"
+    num_heads: str = "n_head"
+    num_layers: str = "n_layer"
+    intermediate_size: str = "n_inner"
+    context: str = "n_positions"
+    activation: str = "activation_function"
+    norm_eps: str = "layer_norm_epsilon"
+
+
+def gpt_spec(
+    c: ConfigReader,
+    architecture: str,
+    names: Names,
+    *,
+    fields: Fields = Fields(),
+    activation: str = "gelu_new",
+    tied: bool = True,
+    ignored: tuple[str, ...] = (),
+    optional_prefix: str = "",
+    renames: tuple[tuple[str, str], ...] = (),
+    **differences: Any,
+) -> ModelSpec:
+    """The common shape: LayerNorm, a key head for each query head, a plain MLP, biases everywhere.
+
+    `activation` and `tied` are what holds if the config does not say; `differences` are fields of ModelSpec.
+    """
+    hidden_size, num_heads = c.size(fields.hidden_size), c.size(fields.num_heads)
+    if hidden_size % num_heads:
+        raise c.error(fields.num_heads, f"({num_heads}) must divide {fields.hidden_size} ({hidden_size})")
+
+    def field(name: str, read: Callable[[], Any]) -> Any:
+        """A field of the config that the family may have read otherwise."""
+        return differences.pop(name) if name in differences else read()
+
+    spec = ModelSpec(
+        architecture=architecture,
         vocab_size=c.size("vocab_size"),
         hidden_size=hidden_size,
-        num_layers=c.size("n_layer"),
+        num_layers=c.size(fields.num_layers),
         num_heads=num_heads,
-        num_kv_heads=num_heads,
+        num_kv_heads=field("num_kv_heads", lambda: num_heads),
         head_dim=hidden_size // num_heads,
-        intermediate_size=c.size("n_inner", 4 * hidden_size),
-        max_position_embeddings=c.size("n_positions"),
-        norm=NormSpec("layer", c.number("layer_norm_epsilon", 1e-5)),
-        positions=LearnedPositions(),
-        activation=c.choice("activation_function", ACTIVATIONS, "gelu_new"),
-        gated=False,
-        qkv_bias=True,
-        attention_out_bias=True,
-        mlp_bias=True,
-        tied_head=tied_head,
-        weights=_weights(tied_head),
+        intermediate_size=field(
+            "intermediate_size", lambda: c.size(fields.intermediate_size, 4 * hidden_size)
+        ),
+        max_position_embeddings=field("max_position_embeddings", lambda: c.size(fields.context)),
+        norm=field("norm", lambda: NormSpec("layer", c.number(fields.norm_eps, 1e-5))),
+        positions=field("positions", LearnedPositions),
+        activation=field("activation", lambda: c.choice(fields.activation, ACTIVATIONS, activation)),
+        tied_head=field("tied_head", lambda: c.boolean("tie_word_embeddings", tied)),
         bos_token_id=c.token_id("bos_token_id"),
         eos_token_ids=c.token_ids("eos_token_id"),
+        **{"gated": False, "qkv_bias": True, "attention_out_bias": True, "mlp_bias": True, **differences},
     )
-
-
-def _weights(tied_head: bool) -> WeightMap:
-    tensors: dict[str, Source] = {"embed.weight": Copy("wte.weight"), "positions.weight": Copy("wpe.weight")}
-    for kind in ("weight", "bias"):
-        tensors[f"final_norm.{kind}"] = Copy(f"ln_f.{kind}")
-        for ours, theirs in _NORMS.items():
-            tensors[f"layers.{{layer}}.{ours}.{kind}"] = Copy(f"h.{{layer}}.{theirs}.{kind}")
-        for ours, theirs in _PRODUCTS.items():
-            source = Copy(f"h.{{layer}}.{theirs}.{kind}")
-            tensors[f"layers.{{layer}}.{ours}.{kind}"] = Transpose(source) if kind == "weight" else source
-    if not tied_head:
-        tensors["head.weight"] = Copy("lm_head.weight")
-    return WeightMap(
-        tensors,
-        ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # the causal mask, which early checkpoints saved
-        duplicates=(("lm_head.weight", "wte.weight"),) if tied_head else (),
-        optional_prefix="transformer.",
-    )
+    return with_weights(spec, names, ignored=ignored, optional_prefix=optional_prefix, renames=renames)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention import AttentionBatch
 from ..cache import KVCache
 from ..layers import Norm, Weights
-from ..spec import ModelSpec
+from ..spec import LearnedPositions, ModelSpec, RopePositions
 from ..transformer import Layer, Transformer
 from .build import KernelUnavailable, pairs_are_fast
 from .library import (
@@ -165,7 +165,8 @@ class NativeTransformer:
         )  # fmt: skip
         self._operations.append(operation)
 
-    def _norm(self, norm: Norm, in_: int, out: int) -> None:
+    def _norm(self, norm: Norm | None, in_: int, out: int) -> None:
+        assert norm is not None and norm.weight is not None  # see `unsupported`
         self._add(Kind.RMS_NORM if norm.rms else Kind.LAYER_NORM, in_, out)
         operation = self._operations[-1]
         operation.scale = self._keep(norm.weight.detach().float())
@@ -289,9 +290,32 @@ class NativeTransformer:
         return out
 
 
+# Of what a spec may say beside a Llama or GPT-2 block, what the kernel does.
+KNOWN_DIFFERENCES = frozenset({"attention_multiplier"})
+
+
+def unsupported(spec: ModelSpec) -> str | None:
+    """What of the architecture the kernel does not do; None: it does all of it."""
+    for name in spec.differences():
+        if name not in KNOWN_DIFFERENCES:
+            return f"it does not do {name} = {getattr(spec, name)!r:.80}"
+    norm, positions = spec.norm, spec.positions
+    if not norm.weight or norm.offset or norm.has_bias != (norm.kind == "layer"):
+        return f"it does not do {norm}"
+    if positions == LearnedPositions():
+        return None
+    if not isinstance(positions, RopePositions):
+        return f"it does not do {positions!r:.80}"
+    if positions.grows or positions.attention_factor != 1 or positions.rotary_dim not in (0, spec.head_dim):
+        return f"it does not do {positions!r:.80}"
+    return None
+
+
 def check(model: Transformer, cache: KVCache) -> None:
     """Raises KernelUnavailable, saying what of the model the kernel does not do."""
     spec = model.spec
+    if (reason := unsupported(spec)) is not None:
+        raise KernelUnavailable(reason)
     if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
         raise KernelUnavailable(f"it computes float32 and bfloat16 on the CPU, not {model.dtype}")
     if cache.block_size != BLOCK_SIZE:

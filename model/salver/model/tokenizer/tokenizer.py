@@ -42,15 +42,12 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """Read tokenizer.json and the ids beside it. Raises CheckpointError, naming the file."""
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; only tokenizers in that format are implemented")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # what the library raises is a bare Exception
-            raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+        """Read tokenizer.json and the ids beside it. Raises CheckpointError, naming the file.
+
+        Without that file, what `conversion` makes of a SentencePiece model, or of vocab.json and merges.txt.
+        """
         settings = read_json(path / "tokenizer_config.json")
+        backend = _read_backend(path, settings)
         config = read_json(path / "config.json")
         generation = read_json(path / "generation_config.json")
         bos = _named_id(backend, settings.get("bos_token"))
@@ -125,6 +122,23 @@ class Tokenizer:
     def backend_decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """The text of `ids` as the library decodes them."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def _read_backend(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    file = path / "tokenizer.json"
+    if file.is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # what the library raises is a bare Exception
+            raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+    from .conversion import convert  # protobuf is loaded where it is needed
+
+    backend = convert(path, settings, read_json(path / "special_tokens_map.json"))
+    if backend is None:
+        raise CheckpointError(
+            f"{file}: missing; no SentencePiece model and no vocab.json and merges.txt stand in for it"
+        )
+    return backend
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class Part:
     token_ids: list[int]
     start: int
     block_table: list[int]
+    prompt_len: int = 0  # of the sequence, for positions that depend on it
 
     @property
     def end(self) -> int:
@@ -63,6 +64,7 @@ def build_batch(parts: list[Part], block_size: int, *, row_multiple: int, device
             seq_lens=[part.end for part in parts],
             block_tables=torch.tensor(tables, device=device),
             slot_mapping=torch.tensor(slots, device=device),
+            prompt_lens=[part.prompt_len for part in parts],
         ),
         bounds[:-1],
     )

@@ -67,6 +67,7 @@ class EngineLimits:
     max_num_batched_tokens: int
     tokens_for_one: int = 0  # that a step computes in about the time of one; see `scheduler`
     priority_interval: float = 1.0
+    rope_context: tuple[int, bool] = (0, False)  # as in ModelSpec
     enable_prefix_caching: bool = True
     check_integrity: bool = False
 
@@ -101,6 +102,7 @@ class EngineCore:
             tokens_for_one=limits.tokens_for_one,
             priority_interval=limits.priority_interval,
             speculation=speculation,
+            rope_context=limits.rope_context,
         )
         self.steps = 0
         self.generated_tokens = 0

@@ -125,7 +125,7 @@ class DraftModel:
                 break
             right += 1
         token_ids = behind[right : right + budget]
-        part = Part(token_ids, begin + right, cached.block_table)
+        part = Part(token_ids, begin + right, cached.block_table, sequence.num_prompt_tokens)
         missing = max(0, self._pool.blocks_for(part.end) - len(cached.block_table))
         if not token_ids or missing > self._pool.num_free:
             return None

@@ -59,7 +59,10 @@ class ModelRunner:
     def _compute(self, schedule: Schedule) -> StepResult:
         if schedule.copies:
             self.cache.copy_blocks(schedule.copies)
-        parts = [Part(item.token_ids, item.start, item.sequence.block_table) for item in schedule.scheduled]
+        parts = [
+            Part(item.token_ids, item.start, item.sequence.block_table, item.sequence.num_prompt_tokens)
+            for item in schedule.scheduled
+        ]
         batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)
         results = [RowResult() for _ in schedule.scheduled]
         model_begin = time.perf_counter()

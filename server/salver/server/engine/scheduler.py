@@ -85,9 +85,11 @@ class Scheduler:
         tokens_for_one: int = 0,
         priority_interval: float = 1.0,
         speculation: Speculation | None = None,
+        rope_context: tuple[int, bool] = (0, False),
     ) -> None:
         """`tokens_for_one` is how many tokens a step computes in about the time of one; 0: prompts
-        have the whole budget also while others decode. Raises ValueError for too small a budget."""
+        have the whole budget also while others decode. `rope_context` is as in
+        `ModelSpec`. Raises ValueError for too small a budget."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs "
@@ -99,6 +101,7 @@ class Scheduler:
         self.tokens_for_one = tokens_for_one
         self.priority_interval = priority_interval
         self.speculation = speculation
+        self.rope_context = rope_context
         self.running: list[Sequence] = []  # sorted by key, best first
         self.num_waiting = 0
         self.preemptions = 0
@@ -113,8 +116,9 @@ class Scheduler:
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request: its first sample leads, the others share the leader's prompt."""
+        positions = self._positions(len(request.prompt_token_ids))
         samples = [
-            Sequence(request, index, output, self._key(request, index))
+            Sequence(request, index, output, self._key(request, index), positions)
             for index, output in zip(request.sample_indices, request.outputs, strict=True)
         ]
         self._sequences[request.request_id] = {s.sample_index: s for s in samples}
@@ -215,6 +219,13 @@ class Scheduler:
         self.pool.check_integrity(s.block_table for s in self.unfinished())
 
     # --- inside ------------------------------------------------------------------------
+
+    def _positions(self, num_prompt_tokens: int) -> str:
+        """Names how positions are made for a prompt so long: requests share blocks only under one name."""
+        original, by_length = self.rope_context
+        if num_prompt_tokens <= original or not original:
+            return ""
+        return str(num_prompt_tokens) if by_length else "long"
 
     def _key(self, request: EngineRequest, sample_index: int) -> OrderKey:
         return order_key(request, sample_index, self.priority_interval)

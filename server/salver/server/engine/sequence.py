@@ -54,6 +54,7 @@ class Sequence:
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "positions",
         "preemptions",
         "request",
         "sample_index",
@@ -62,10 +63,19 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: EngineRequest, sample_index: int, output: tuple[int, ...], key: OrderKey):
+    def __init__(
+        self,
+        request: EngineRequest,
+        sample_index: int,
+        output: tuple[int, ...],
+        key: OrderKey,
+        positions: str = "",
+    ):
+        """`positions` names how its positions are made, where that depends on its prompt's length."""
         self.request = request
         self.sample_index = sample_index
         self.key = key
+        self.positions = positions
         self.token_ids = [*request.prompt_token_ids, *output]
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
@@ -106,12 +116,16 @@ class Sequence:
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
+    def _root_digest(self) -> bytes:
+        salt = self.request.cache_salt
+        return root_digest(f"{self.positions}\0{salt}" if self.positions else salt)
+
     def digests(self, block_size: int, num_tokens: int) -> list[bytes]:
         """The hash chain over the full blocks of the first `num_tokens` tokens."""
         count = num_tokens // block_size
         while len(self._digests) < count:
             start = len(self._digests) * block_size
-            parent = self._digests[-1] if self._digests else root_digest(self.request.cache_salt)
+            parent = self._digests[-1] if self._digests else self._root_digest()
             self._digests.append(block_digest(parent, self.token_ids[start : start + block_size]))
         return self._digests[:count]
 

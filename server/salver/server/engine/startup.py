@@ -88,6 +88,7 @@ def start_engine(
         max_num_batched_tokens=budget,
         tokens_for_one=tokens_for_one,
         priority_interval=config.priority_interval,
+        rope_context=spec.rope_context,
         enable_prefix_caching=config.enable_prefix_caching,
         check_integrity=config.check_integrity,
     )

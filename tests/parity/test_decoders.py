@@ -1,0 +1,167 @@
+"""Every decoder family against transformers, in every variant, however the work is cut."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.decoders import VARIANTS, VOCAB, write
+from support.stack import Stack, random_prompts
+
+from salver.model import loader
+from salver.model.errors import CheckpointError
+from salver.model.families import FAMILIES
+from salver.model.spec import (
+    AlibiPositions,
+    LearnedPositions,
+    ModelSpec,
+    RopePositions,
+    SinusoidalPositions,
+)
+
+TOLERANCE = 1e-3
+LENGTHS = (5, 61)  # the second is beyond every window and every original context here
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_transformers_computes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = write(tmp_path, VARIANTS[name])
+    stack = Stack(tmp_path)
+    for length in LENGTHS:
+        (prompt,) = random_prompts(VOCAB, [length])
+        expected = logits(reference, prompt)
+        assert expected.std() > 1, "logits this flat would show nothing"
+        for chunk in (None, 7, 1):
+            assert float((stack.logits(prompt, chunk) - expected).abs().max()) < TOLERANCE
+    tokens_are_the_same(reference, stack)
+    every_knob_shows(stack, tmp_path, prompt, expected, monkeypatch)
+
+
+@torch.inference_mode()
+def logits(reference: Any, prompt: list[int]) -> torch.Tensor:
+    """[n, vocab]"""
+    found: torch.Tensor = reference(torch.tensor([prompt])).logits[0]
+    return found
+
+
+def tokens_are_the_same(reference: Any, stack: Stack) -> None:
+    """transformers' greedy tokens; and ours alone, in chunks, in a crowd."""
+    prompts = random_prompts(VOCAB, [40, 3, 17], seed=1)
+    logits(
+        reference, prompts[1]
+    )  # a rope that grew for the last prompt stays so in transformers until a short one
+    ids = torch.tensor(prompts[:1])
+    whole = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    alone = [stack.greedy(prompt, 8) for prompt in prompts]
+    assert alone[0] == whole[0, 40:].tolist()
+    assert [stack.greedy(prompt, 8, chunk=5) for prompt in prompts] == alone
+    assert stack.greedy_together(prompts, 8, chunk=16) == alone
+
+
+def every_knob_shows(
+    stack: Stack, checkpoint: Path, prompt: list[int], expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spec that is wrong in one field gives other logits, or does not fit the checkpoint."""
+    seen = 0
+    for what, broken in broken_specs(stack.model.spec):
+        monkeypatch.setattr(loader, "read_spec", lambda _, broken=broken: broken)
+        try:
+            found = Stack(checkpoint, num_blocks=40).logits(prompt)
+        except (CheckpointError, ValueError, RuntimeError):
+            continue
+        seen += 1
+        assert float((found - expected).abs().max()) > 10 * TOLERANCE, what
+    assert seen >= 3
+
+
+def broken_specs(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
+    """The spec, wrong in one field each, and what is wrong."""
+    for described in fields(spec):
+        value, usual = getattr(spec, described.name), described.default
+        if (
+            usual is not MISSING
+            and value != usual
+            and described.name not in ("bos_token_id", "eos_token_ids")
+        ):
+            yield described.name, changed(spec, **{described.name: usual})
+        if isinstance(value, float) and value != usual:
+            yield f"{described.name} doubled", changed(spec, **{described.name: 2 * value})
+    yield "norm.eps", replace(spec, norm=replace(spec.norm, eps=spec.norm.eps + 0.1))
+    yield "activation", replace(spec, activation="silu" if spec.activation == "relu" else "relu")
+    yield "attention_multiplier", replace(spec, attention_multiplier=1.3 * spec.attention_scale)
+    if spec.norm.offset:
+        yield "norm.offset", replace(spec, norm=replace(spec.norm, offset=0.0))
+    if spec.windows:
+        windows = tuple(None if window is None else window + 1 for window in spec.windows)
+        yield "windows widened", replace(spec, windows=windows)
+    if spec.experts is not None:
+        for name in ("normalized", "shared_gate"):
+            flipped = {name: not getattr(spec.experts, name)}
+            yield f"experts.{name}", replace(spec, experts=changed(spec.experts, **flipped))
+        fewer = replace(spec.experts, per_token=spec.experts.per_token - 1)
+        yield "experts.per_token", replace(spec, experts=fewer)
+        yield "experts.scale", replace(spec, experts=replace(spec.experts, scale=1.5 * spec.experts.scale))
+    yield from broken_positions(spec)
+
+
+def changed(what: Any, **values: Any) -> Any:
+    return replace(what, **values)
+
+
+def broken_positions(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
+    """Of the positions, and of those that only some layers have."""
+    places: list[tuple[int | None, Any]] = [(None, spec.positions)]
+    if spec.ropes:
+        places = list(enumerate(spec.ropes))
+    for layer, positions in places:
+        for changed in other_positions(positions, spec.head_dim):
+            ropes = tuple(changed if i == layer else rope for i, rope in enumerate(spec.ropes))
+            wrong = replace(spec, ropes=ropes) if layer is not None else replace(spec, positions=changed)
+            yield f"{changed} in layer {layer}", wrong
+
+
+def other_positions(positions: Any, head_dim: int) -> Iterator[Any]:
+    if isinstance(positions, AlibiPositions):
+        yield replace(positions, slopes=positions.slopes[::-1])
+        yield replace(positions, multiplier=2 * positions.multiplier)
+    elif isinstance(positions, LearnedPositions | SinusoidalPositions):
+        yield replace(positions, offset=positions.offset + 1)
+    elif isinstance(positions, RopePositions):
+        yield replace(positions, theta=3 * positions.theta)
+        if positions.rotary_dim:
+            yield replace(positions, rotary_dim=positions.rotary_dim - 2 or head_dim)
+        if positions.scaling != "default":
+            yield replace(positions, scaling="default")
+        if positions.scaling in ("linear", "dynamic", "yarn", "llama3"):
+            yield replace(positions, factor=3 * positions.factor)
+        if positions.attention_factor != 1:
+            yield replace(positions, attention_factor=1.0)
+        if positions.scaling == "longrope":
+            yield replace(positions, long_factors=positions.short_factors)
+
+
+def test_every_family_is_here() -> None:
+    tried = {variant.model for variant in VARIANTS.values()}
+    assert FAMILIES.keys() == tried | {"MPTForCausalLM", "GPT2LMHeadModel"}
+
+
+def test_a_long_prompt_in_a_crowd_of_short_ones(tmp_path: Path) -> None:
+    """Ropes that grow do so for one sequence, not for the step."""
+    for name in ("Llama dynamic", "Llama longrope"):
+        write(tmp_path / name, VARIANTS[name])
+        stack = Stack(tmp_path / name)
+        prompts = random_prompts(VOCAB, [50, 4, 30, 23, 25], seed=2)
+        random.Random(0).shuffle(prompts)
+        alone = [stack.greedy(prompt, 6) for prompt in prompts]
+        assert stack.greedy_together(prompts, 6, chunk=11) == alone
