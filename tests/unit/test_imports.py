@@ -19,7 +19,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOTS = [REPOSITORY / name for name in ("protos", "client", "model", "server")]
 ENGINE = "salver.server.engine"
-WORKER = tuple(f"{ENGINE}.{name}" for name in ("batch", "draft_model", "runner", "startup", "worker"))
+WORKER = tuple(
+    f"{ENGINE}.{name}"
+    for name in (
+        "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts", "runner", "startup", "worker"
+    )
+)  # fmt: skip
 PURE = tuple(
     f"{ENGINE}.{name}"
     for name in (
@@ -39,15 +44,8 @@ PURE = tuple(
 MODEL_FRONT = tuple(
     f"salver.model.{name}"
     for name in (
-        "tokenizer",
-        "chat_template",
-        "config_reader",
-        "spec",
-        "errors",
-        "checkpoint",
-        "families",
-        "rope_config",
-        "weight_names",
+        *("tokenizer", "chat_template", "config_reader", "spec", "errors", "checkpoint", "families"),
+        *("rope_config", "weight_names", "encoder_spec", "encoder_config", "embedding_spec", "pooling"),
     )
 )
 

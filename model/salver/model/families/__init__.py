@@ -12,10 +12,14 @@ import sys
 from collections.abc import Callable
 
 from ..config_reader import ConfigReader
+from ..encoder_spec import EncoderSpec
 from ..spec import ModelSpec
 
 Family = Callable[[ConfigReader], ModelSpec]
 FAMILIES: dict[str, Family] = {}
+# Of encoders, which get the architecture's name too: it says which head there is.
+EncoderFamily = Callable[[ConfigReader, str], EncoderSpec]
+ENCODER_FAMILIES: dict[str, EncoderFamily] = {}
 
 
 def family(*architectures: str) -> Callable[[Family], Family]:
@@ -38,6 +42,19 @@ def supported() -> list[tuple[str, str]]:
         described = sys.modules[function.__module__].__doc__ or ""
         found.append((architecture, " ".join(described.split("\n\n")[0].split())))
     return found
+
+
+def encoder_family(*architectures: str) -> Callable[[EncoderFamily], EncoderFamily]:
+    """Registers a function for the names of an encoder's body and of the body with each head."""
+
+    def register(function: EncoderFamily) -> EncoderFamily:
+        for architecture in architectures:
+            if architecture in ENCODER_FAMILIES or architecture in FAMILIES:
+                raise ValueError(f"{architecture} is registered twice")
+            ENCODER_FAMILIES[architecture] = function
+        return function
+
+    return register
 
 
 for _module in pkgutil.iter_modules(__path__):
