@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +18,7 @@ from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from support.checkpoints import write_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from salver.model.chat_template import ChatTemplate
@@ -32,6 +36,7 @@ from salver.server.engine.request import (
     SequenceTimings,
 )
 from salver.server.metrics import Metrics
+from salver.server.rpc import grammar
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import SERVICES, STATUS_CODES, RpcServer, all_methods
 from salver.v1 import (
@@ -144,7 +149,9 @@ class FakeEngine:
 class Service:
     """A server with its fake engine, and stubs of it."""
 
-    def __init__(self, *, template: str | None = TEMPLATE, **config: Any) -> None:
+    def __init__(
+        self, *, template: str | None = TEMPLATE, checkpoint: Path | None = None, **config: Any
+    ) -> None:
         self.config = ServerConfig(model="m", port=0, **{"drain_period": 5.0, **config})
         self.metrics = Metrics("tiny", methods=all_methods(), codes=STATUS_CODES)
         self.front = Front(self.metrics.rejected)
@@ -154,6 +161,7 @@ class Service:
         self.engine = FakeEngine()
         self.rpc = RpcServer(self.config, self.front, self.admission, self.metrics, [("load", 0.5)])
         self.template = template
+        self.checkpoint = checkpoint
 
     async def open(self) -> None:
         self.address = await self.rpc.open()
@@ -172,6 +180,8 @@ class Service:
         )  # fmt: skip
         template = None if self.template is None else ChatTemplate(self.template)
         model = ServedModel("tiny", "LlamaForCausalLM", TOKENIZER, template, ready, "abc", limits)
+        if self.checkpoint is not None:
+            model = replace(model, checkpoint=str(self.checkpoint))
         self.front.serve(model, self.engine)
         self.rpc.health.set_engine_state(EngineState.SERVING)
         self.rpc.health.set_ready(True)
@@ -245,6 +255,76 @@ def fields_of(details: dict[str, Any]) -> list[str]:
 async def until(condition: Callable[[], Any]) -> None:
     while not condition():  # noqa: ASYNC110 - what is waited for knows of no event
         await asyncio.sleep(0.001)
+
+
+def structured(kind: Any = generation_pb2.GenerateRequest, stopping: Any = None, **form: Any) -> Any:
+    asked = request("abc", kind, **(stopping or {}))
+    asked.structured_output.CopyFrom(generation_pb2.StructuredOutput(**form))
+    return asked
+
+
+def test_structured_output_reaches_the_engine_compiled(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, None)
+
+    async def test() -> None:
+        async with service(checkpoint=tmp_path) as served:
+            generate = served.generation.Generate
+            for _ in range(2):
+                await generate(structured(regex="[a-z]+"))
+            grammars = [item.grammar for item in served.engine.requests]
+            assert grammars[0] == grammars[1] != ""
+            code, details = await failure(generate(structured(regex="(a")))
+            assert (code, fields_of(details)) == (Code.INVALID_ARGUMENT, ["structured_output.regex"])
+            code, details = await failure(
+                generate(structured(json_object=False, stopping={"stop": ["x"], "ignore_eos": True}))
+            )
+            assert code is Code.INVALID_ARGUMENT
+            assert fields_of(details) == [
+                "structured_output.json_object", "stopping.stop", "stopping.ignore_eos",
+            ]  # fmt: skip
+            none = structured()
+            assert fields_of((await failure(generate(none)))[1]) == ["structured_output"]
+            resumed = structured(regex="[a-z]+")
+            resumed.resume.samples.add(index=0, token_ids=[5])
+            resumed.resume.numerics_id = "numerics-1"
+            code, details = await failure(generate(resumed))
+            assert (code, fields_of(details)) == (Code.INVALID_ARGUMENT, ["resume.samples"])
+
+    run(test)
+
+
+STUCK = "import sys,time; print('ready', flush=True); [time.sleep(60) for line in sys.stdin]"
+GREEDY = "import sys,os; print('ready', flush=True); sys.stdin.readline(); os._exit(1)"
+
+
+@pytest.mark.parametrize(("program", "part"), [(STUCK, "0.2 s"), (GREEDY, "memory")])
+def test_a_grammar_that_explodes_is_refused_and_nothing_else_notices(
+    program: str, part: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(grammar, "COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(grammar, "COMMAND", (sys.executable, "-c", program))
+    starts = []
+    start = asyncio.create_subprocess_exec
+
+    async def counted(*command: Any, **options: Any) -> Any:
+        starts.append(await start(*command, **options))
+        return starts[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", counted)
+
+    async def test() -> None:
+        async with service(checkpoint=tmp_path) as served:
+            generate = served.generation.Generate
+            neighbour = asyncio.ensure_future(generate(request(max_tokens=6)))
+            for _ in range(2):
+                code, details = await failure(generate(structured(regex="a")))
+                assert code is Code.INVALID_ARGUMENT
+                assert part in details["BadRequest"].field_violations[0].description
+            assert (await neighbour).completions[0].text == "hello,"
+            assert len(starts) == 1, "what was refused once is known"
+            await until(lambda: starts[0].returncode is not None)
+
+    run(test)
 
 
 def test_the_configuration_in_force_is_told_with_its_origins() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ _SAMPLING = (
     "allowed_words",
     "allowed_token_ids",
 )
+_STRUCTURED = ("json_schema", "json_object", "regex", "grammar", "choice")
 _STOPPING = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 _ROLES = {
     Role.SYSTEM: generation_pb2.ROLE_SYSTEM,
@@ -103,6 +105,9 @@ def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any
             prompt_top_k=rest.pop("prompt_logprobs", None),
             token_ids=rest.pop("logprob_token_ids", ()),
         )
+    structured = _take(rest, _STRUCTURED)
+    if structured:
+        fields["structured_output"] = to_structured_output(structured)
     if "resume" in rest:
         fields["resume"] = to_resume(rest.pop("resume"))
     template_kwargs = rest.pop("template_kwargs", None)
@@ -113,6 +118,18 @@ def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any
     if template_kwargs:
         request.template_kwargs.update(template_kwargs)  # type: ignore[attr-defined]
     return request
+
+
+def to_structured_output(options: Mapping[str, Any]) -> generation_pb2.StructuredOutput:
+    """Of the one option that says what the text must be. Raises TypeError for several."""
+    if len(options) > 1:
+        raise TypeError(f"only one of {', '.join(options)} can be given")
+    ((form, value),) = options.items()
+    if form == "json_schema" and not isinstance(value, str):
+        value = json.dumps(value)
+    elif form == "choice":
+        value = generation_pb2.StructuredOutput.Choice(options=value)
+    return generation_pb2.StructuredOutput(**{form: value})
 
 
 def to_resume(resume: Resume) -> common_pb2.Resume:
@@ -241,7 +258,8 @@ def _configuration(configuration: common_pb2.GenerationConfiguration) -> dict[st
     for prefix in ("sampling", "stopping"):
         part = getattr(configuration, prefix)
         for field in part.DESCRIPTOR.fields:
-            origin = _ORIGINS.get(configuration.origins.get(f"{prefix}.{field.name}", 0))
+            path = f"{prefix}.{field.name}"
+            origin = _ORIGINS.get(configuration.origins[path]) if path in configuration.origins else None
             if origin is not None:
                 settings[field.name] = Setting(_plain(getattr(part, field.name)), origin)
     return settings

@@ -236,7 +236,8 @@ class GenerationOptions(TypedDict, total=False):
 
     `timeout` is in seconds, `logprobs` and `prompt_logprobs` say how many of the most probable
     tokens to return at each position (0: the chosen one alone), `logprob_token_ids` which others.
-    What each of the others does is said in docs/generation.md.
+    `json_schema` (a mapping, or its text), `json_object`, `regex`, `grammar` and `choice` say what the
+    text must be; at most one of them. What each option does is said in docs/generation.md.
     """
 
     temperature: float
@@ -264,6 +265,11 @@ class GenerationOptions(TypedDict, total=False):
     logprobs: int
     prompt_logprobs: int
     logprob_token_ids: Sequence[int]
+    json_schema: str | Mapping[str, Any]
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
     priority: int
     cache_salt: str
     resume: Resume

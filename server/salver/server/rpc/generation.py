@@ -18,6 +18,7 @@ from salver.server.metrics import Metrics
 from salver.server.rpc import convert
 from salver.server.rpc.configuration import Configuration
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
+from salver.server.rpc.grammar import GrammarCompiler, check_structured_output
 from salver.server.rpc.prompts import PromptReader, template_of
 from salver.server.rpc.scoring import score
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
@@ -91,11 +92,19 @@ class _Generation:
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Answers with generated text."""
 
-    def __init__(self, front: Front, admission: Admission, metrics: Metrics, prompts: PromptReader) -> None:
+    def __init__(
+        self,
+        front: Front,
+        admission: Admission,
+        metrics: Metrics,
+        prompts: PromptReader,
+        grammars: GrammarCompiler,
+    ) -> None:
         self._front = front
         self._admission = admission
         self._metrics = metrics
         self._prompts = prompts
+        self._grammars = grammars
 
     async def Generate(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         return await self._answer(request, context, generation_pb2.GenerateResponse)
@@ -185,6 +194,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             token_ids = await read_prompt()
             params = await self._with_words(params, model)
             engine_request = _engine_request(params, token_ids, model, arrival=arrival, deadline=deadline)
+            if request.HasField("structured_output"):
+                grammar = await self._grammars.compile(
+                    request.structured_output, model, engine_request.outputs
+                )
+                engine_request = replace(engine_request, grammar=grammar)
             permit.add_tokens(len(token_ids))
             stream = GenerationStream(
                 Submissions(self._front.engine, self._metrics, permit),
@@ -246,6 +260,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 return self._prompts.prompt(request.prompt, model)
 
         params = check_generation(request, model, violations)
+        violations.found += check_structured_output(request, model)
         violations.raise_any()
         return params, read_prompt
 
