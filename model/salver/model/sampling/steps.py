@@ -85,8 +85,10 @@ def _allowed(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 def _grammar(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     masks = np.stack([row.mask for row in rows if row.mask is not None])
-    allowed = np.unpackbits(masks, axis=1, count=logits.shape[1], bitorder="little")
-    logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, float("-inf"))
+    excluded = np.unpackbits(~masks, axis=1, bitorder="little")[:, : logits.shape[1]].view(np.bool_)
+    known = excluded.shape[1]
+    logits[:, :known].masked_fill_(torch.from_numpy(excluded).to(logits.device), float("-inf"))
+    logits[:, known:] = float("-inf")
 
 
 def _exclude(row: Tensor, token_ids: set[int]) -> None:

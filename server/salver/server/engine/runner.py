@@ -44,7 +44,7 @@ class ModelRunner:
         self.row_multiple = row_multiple
         self.device = model.device
         self._on_progress = on_progress
-        self._grammars = grammars
+        self.grammars = grammars
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
@@ -104,8 +104,8 @@ class ModelRunner:
             return
         items = [schedule.scheduled[i] for i in sampling]
         masks: list[Mask | None] = [None] * len(items)
-        if self._grammars is not None:
-            masks = self._grammars.masks([(item.sequence, item.draft) for item in items])
+        if self.grammars is not None:
+            masks = self.grammars.masks([(item.sequence, item.draft) for item in items])
         chosen = sample(
             logits,
             [
