@@ -10,9 +10,10 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from support.checkpoints import write_tiny_llama, write_tokenizer
 from support.serving import SALVER, Server
 
-from salver.client import Client, FinishReason, InvalidArgument, Origin
+from salver.client import Client, FinishReason, InvalidArgument, Origin, Tool, ToolCall
 
 SCHEMA = {
     "type": "object",
@@ -78,3 +79,34 @@ def test_from_the_command_line(tiny: Server, tmp_path: Path) -> None:
 
     jsonschema.validate(json.loads(said("--json-schema", str(file))), SCHEMA)
     assert said("--choice", *CHOICES).strip() in CHOICES
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }} use <tool_call>{% endif %}{% for m in messages %}{{ m.content }}"
+    "{% endfor %}"
+)
+
+
+def test_a_call_that_must_be_made_follows_its_schema(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    write_tokenizer(write_tiny_llama(tmp_path, context=1024), TOOL_TEMPLATE)
+    server = start_server(tmp_path)
+    tools = [Tool("add", "sums", SCHEMA), Tool("stop", "", {"type": "object", "additionalProperties": False})]
+    with Client(server.address) as client:
+
+        def calls(choice: str) -> list[ToolCall]:
+            with client.stream_chat(
+                "Go", tools=tools, tool_choice=choice, temperature=1.5, seed=4, max_tokens=200
+            ) as stream:
+                for _ in stream:
+                    pass
+            (completion,) = stream.result.completions
+            assert completion.finish_reason is FinishReason.STOP and completion.content == ""
+            return list(completion.tool_calls)
+
+        (call,) = calls("add")
+        assert call.name == "add"
+        jsonschema.validate(call.parsed(), SCHEMA)
+        (call,) = calls("required")
+        assert call.name in ("add", "stop")

@@ -40,6 +40,8 @@ from salver.client.types import (
     Timings,
     Token,
     TokenLogprob,
+    Tool,
+    ToolCall,
     Usage,
 )
 
@@ -81,6 +83,8 @@ __all__ = [
     "Timings",
     "Token",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
     "Unauthenticated",
     "Unavailable",
     "Usage",

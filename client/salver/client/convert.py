@@ -24,6 +24,8 @@ from salver.client.types import (
     Timings,
     Token,
     TokenLogprob,
+    Tool,
+    ToolCall,
     Usage,
 )
 from salver.v1 import common_pb2, generation_pb2, model_pb2, tokenization_pb2
@@ -56,6 +58,11 @@ _ROLES = {
     Role.ASSISTANT: generation_pb2.ROLE_ASSISTANT,
     Role.TOOL: generation_pb2.ROLE_TOOL,
 }
+_TOOL_MODES = {
+    "auto": generation_pb2.ToolChoice.MODE_AUTO,
+    "none": generation_pb2.ToolChoice.MODE_NONE,
+    "required": generation_pb2.ToolChoice.MODE_REQUIRED,
+}
 _FINISH_REASONS = {
     common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
@@ -79,7 +86,36 @@ def to_prompt(prompt: PromptLike) -> common_pb2.Prompt:
 def to_messages(conversation: Conversation) -> list[generation_pb2.Message]:
     """A conversation; a mere string is what the user says."""
     messages = [Message.user(conversation)] if isinstance(conversation, str) else conversation
-    return [generation_pb2.Message(role=_ROLES[m.role], content=m.content, name=m.name) for m in messages]
+    return [
+        generation_pb2.Message(
+            role=_ROLES[m.role],
+            content=m.content,
+            name=m.name,
+            tool_calls=[
+                common_pb2.ToolCall(index=c.index, id=c.id, name=c.name, arguments=c.arguments)
+                for c in m.tool_calls
+            ],
+            tool_call_id=m.tool_call_id,
+        )
+        for m in messages
+    ]
+
+
+def to_tools(tools: Iterable[Tool]) -> list[generation_pb2.Tool]:
+    return [
+        generation_pb2.Tool(
+            name=tool.name,
+            description=tool.description,
+            parameters=json.dumps(dict(tool.parameters)) if tool.parameters else "",
+        )
+        for tool in tools
+    ]
+
+
+def to_tool_choice(choice: str) -> generation_pb2.ToolChoice:
+    """Of "auto", "none", "required" or a tool's name."""
+    mode = _TOOL_MODES.get(choice)
+    return generation_pb2.ToolChoice(name=choice) if mode is None else generation_pb2.ToolChoice(mode=mode)
 
 
 def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any) -> Request:
@@ -108,6 +144,10 @@ def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any
     structured = _take(rest, _STRUCTURED)
     if structured:
         fields["structured_output"] = to_structured_output(structured)
+    if "tools" in rest:
+        fields["tools"] = to_tools(rest.pop("tools"))
+    if "tool_choice" in rest:
+        fields["tool_choice"] = to_tool_choice(rest.pop("tool_choice"))
     if "resume" in rest:
         fields["resume"] = to_resume(rest.pop("resume"))
     template_kwargs = rest.pop("template_kwargs", None)
@@ -232,6 +272,9 @@ def _completion(c: common_pb2.Completion) -> Completion:
         stop_match=match,
         text_offset=c.text_offset,
         token_offset=c.token_offset,
+        content=c.content,
+        reasoning=c.reasoning,
+        tool_calls=tuple(ToolCall(t.name, t.arguments, t.id, t.index) for t in c.tool_calls),
     )
 
 

@@ -27,19 +27,24 @@ _CONTRADICTING = ("stop", "stop_token_ids", "ignore_eos", "include_stop")
 _Answer = dict[str, Any]
 
 
-def check_structured_output(request: Any, model: ServedModel) -> list[Violation]:
-    """What is wrong with `structured_output`, but for the grammar itself.
+def check_followable(request: Any, model: ServedModel) -> list[Violation]:
+    """What is wrong with a request whose output must follow a grammar, whichever.
 
     Raises ApiError (FAILED_PRECONDITION) where the checkpoint's tokens cannot follow one.
     """
-    if not request.HasField("structured_output"):
-        return []
     if not model.tokenizer.eos_token_ids:
         raise task_not_supported(f"{model.name!r} has no end-of-sequence token for structured output")
     if model.tokenizer.decoding is None:
-        raise task_not_supported(
-            f"the tokens of {model.name!r} have no bytes that structured output could follow"
-        )
+        raise task_not_supported(f"the tokens of {model.name!r} have no bytes for a grammar to follow")
+    return [
+        Violation(f"stopping.{name}", "cannot be set where the form of the output is")
+        for name in _CONTRADICTING
+        if getattr(request.stopping, name)
+    ]
+
+
+def check_structured_output(request: Any) -> list[Violation]:
+    """What is wrong with `structured_output`, but for the grammar itself."""
     form, value = _form_of(request.structured_output)
     field = f"structured_output.{form}" if form else "structured_output"
     found = []
@@ -58,9 +63,6 @@ def check_structured_output(request: Any, model: ServedModel) -> list[Violation]
             found.append(Violation(f"{field}.options[{value.index('')}]", "must not be empty"))
     elif form != "json_object" and len(value) > MAX_BYTES:
         found.append(Violation(field, f"must be at most {MAX_BYTES} characters"))
-    for name in _CONTRADICTING:
-        if getattr(request.stopping, name):
-            found.append(Violation(f"stopping.{name}", "cannot be set together with structured_output"))
     return found
 
 
@@ -86,6 +88,12 @@ class GrammarCompiler:
     ) -> str:
         """The grammar for the engine. `outputs` are resumed tokens, which must follow it. Raises ApiError."""
         form, value = _form_of(proto)
+        return await self.compile_form(form, value, f"structured_output.{form}", model, outputs)
+
+    async def compile_form(
+        self, form: str, value: Any, field: str, model: ServedModel, outputs: Sequence[Sequence[int]]
+    ) -> str:
+        """The same, of a form of StructuredOutput; what is wrong with it is wrong with `field`."""
         key = (form, json.dumps(value))
         outputs = [list(ids) for ids in outputs if ids]
         answer = None if outputs else self._known.get(key)
@@ -93,7 +101,7 @@ class GrammarCompiler:
             answer = await self._ask({"form": form, "value": value, "outputs": outputs}, model.checkpoint)
             if "output" in answer:
                 raise invalid_argument(
-                    [Violation("resume.samples", "are not the beginning of what is asked for")]
+                    [Violation("resume.samples", f"do not follow {field.partition('.')[0]}")]
                 )
             self._known[key] = answer
             if len(self._known) > CACHED:
@@ -101,7 +109,7 @@ class GrammarCompiler:
         else:
             self._known.move_to_end(key)
         if "error" in answer:
-            raise invalid_argument([Violation(f"structured_output.{form}", answer["error"])])
+            raise invalid_argument([Violation(field, answer["error"])])
         return str(answer["grammar"])
 
     async def _ask(self, question: _Answer, checkpoint: str) -> _Answer:
