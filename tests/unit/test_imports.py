@@ -27,7 +27,10 @@ PURE = tuple(
 # Of salver.model, what the front process uses.
 MODEL_FRONT = tuple(
     f"salver.model.{name}"
-    for name in ("tokenizer", "chat_template", "config_reader", "spec", "errors", "checkpoint", "families")
+    for name in (
+        *("tokenizer", "chat_template", "generation_config", "assistant_text"),
+        *("config_reader", "spec", "errors", "checkpoint", "families"),
+    )
 )
 
 
