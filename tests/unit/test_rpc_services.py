@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +19,7 @@ from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from support.checkpoints import write_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from salver.model.chat_template import ChatTemplate
@@ -34,6 +39,7 @@ from salver.server.engine.request import (
     StepStats,
 )
 from salver.server.metrics import Metrics
+from salver.server.rpc import grammar
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import SERVICES, STATUS_CODES, RpcServer, all_methods
 from salver.v1 import (
@@ -83,6 +89,7 @@ class FakeEngine:
         self.pause_at: int | None = None  # tokens, after which nothing more comes
         self.failure: Exception | None = None
         self.unavailable: EngineUnavailable | None = None
+        self.answer = ANSWER
 
     def submit(self, request: EngineRequest, sink: OutputSink) -> None:
         if self.unavailable is not None:
@@ -119,7 +126,7 @@ class FakeEngine:
             if self.pause_at in counts.values():
                 await asyncio.Event().wait()
             for index in list(counts):
-                token = ANSWER[counts[index] % len(ANSWER)]
+                token = self.answer[counts[index] % len(self.answer)]
                 counts[index] += 1
                 reason_now: FinishReason | None = None
                 if token in request.stopping.stop_token_ids:
@@ -146,7 +153,9 @@ class FakeEngine:
 class Service:
     """A server with its fake engine, and stubs of it."""
 
-    def __init__(self, *, template: str | None = TEMPLATE, **config: Any) -> None:
+    def __init__(
+        self, *, template: str | None = TEMPLATE, checkpoint: Path | None = None, **config: Any
+    ) -> None:
         self.config = ServerConfig(model="m", port=0, **{"drain_period": 5.0, **config})
         self.metrics = Metrics("tiny", methods=all_methods(), codes=STATUS_CODES)
         self.front = Front(self.metrics.rejected)
@@ -157,6 +166,7 @@ class Service:
         self.engine = FakeEngine()
         self.rpc = RpcServer(self.config, self.front, self.admission, self.metrics, [("load", 0.5)])
         self.template = template
+        self.checkpoint = checkpoint
 
     async def open(self) -> None:
         self.address = await self.rpc.open()
@@ -175,6 +185,8 @@ class Service:
         )  # fmt: skip
         template = None if self.template is None else ChatTemplate(self.template)
         model = ServedModel("tiny", "LlamaForCausalLM", TOKENIZER, template, ready, "abc", limits)
+        if self.checkpoint is not None:
+            model = replace(model, checkpoint=str(self.checkpoint))
         self.front.serve(model, self.engine)
         self.rpc.health.set_engine_state(EngineState.SERVING)
         self.rpc.health.set_ready(True)
@@ -248,6 +260,186 @@ def fields_of(details: dict[str, Any]) -> list[str]:
 async def until(condition: Callable[[], Any]) -> None:
     while not condition():  # noqa: ASYNC110 - what is waited for knows of no event
         await asyncio.sleep(0.001)
+
+
+def structured(kind: Any = generation_pb2.GenerateRequest, stopping: Any = None, **form: Any) -> Any:
+    asked = request("abc", kind, **(stopping or {}))
+    asked.structured_output.CopyFrom(generation_pb2.StructuredOutput(**form))
+    return asked
+
+
+def test_structured_output_reaches_the_engine_compiled(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, None)
+
+    async def test() -> None:
+        async with service(checkpoint=tmp_path) as served:
+            generate = served.generation.Generate
+            for _ in range(2):
+                await generate(structured(regex="[a-z]+"))
+            grammars = [item.grammar for item in served.engine.requests]
+            assert grammars[0] == grammars[1] != ""
+            code, details = await failure(generate(structured(regex="(a")))
+            assert (code, fields_of(details)) == (Code.INVALID_ARGUMENT, ["structured_output.regex"])
+            code, details = await failure(
+                generate(structured(json_object=False, stopping={"stop": ["x"], "ignore_eos": True}))
+            )
+            assert code is Code.INVALID_ARGUMENT
+            assert fields_of(details) == [
+                "structured_output.json_object", "stopping.stop", "stopping.ignore_eos",
+            ]  # fmt: skip
+            none = structured()
+            assert fields_of((await failure(generate(none)))[1]) == ["structured_output"]
+            resumed = structured(regex="[a-z]+")
+            resumed.resume.samples.add(index=0, token_ids=[5])
+            resumed.resume.numerics_id = "numerics-1"
+            code, details = await failure(generate(resumed))
+            assert (code, fields_of(details)) == (Code.INVALID_ARGUMENT, ["resume.samples"])
+
+    run(test)
+
+
+STUCK = "import sys,time; print('ready', flush=True); [time.sleep(60) for line in sys.stdin]"
+GREEDY = "import sys,os; print('ready', flush=True); sys.stdin.readline(); os._exit(1)"
+
+
+@pytest.mark.parametrize(("program", "part"), [(STUCK, "0.2 s"), (GREEDY, "memory")])
+def test_a_grammar_that_explodes_is_refused_and_nothing_else_notices(
+    program: str, part: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(grammar, "COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(grammar, "COMMAND", (sys.executable, "-c", program))
+    starts = []
+    start = asyncio.create_subprocess_exec
+
+    async def counted(*command: Any, **options: Any) -> Any:
+        starts.append(await start(*command, **options))
+        return starts[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", counted)
+
+    async def test() -> None:
+        async with service(checkpoint=tmp_path) as served:
+            generate = served.generation.Generate
+            neighbour = asyncio.ensure_future(generate(request(max_tokens=6)))
+            for _ in range(2):
+                code, details = await failure(generate(structured(regex="a")))
+                assert code is Code.INVALID_ARGUMENT
+                assert part in details["BadRequest"].field_violations[0].description
+            assert (await neighbour).completions[0].text == "hello,"
+            assert len(starts) == 1, "what was refused once is known"
+            await until(lambda: starts[0].returncode is not None)
+
+    run(test)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }} use <tool_call>{% endif %}{% for m in messages %}"
+    "[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}"
+    "({{ c.id }} {{ c.function.name }} {{ c.function.arguments.x }})"
+    "{% endfor %}{{ m.tool_call_id }}{% endfor %}[assistant]<think>"
+)
+CALL = '<tool_call>\n{"name": "add", "arguments": {"x": [1, 2]}}\n</tool_call>'
+
+
+def tool_request(kind: Any = generation_pb2.ChatRequest, **fields: Any) -> Any:
+    add = generation_pb2.Tool(name="add", description="sums", parameters='{"type": "object"}')
+    user = generation_pb2.Message(role=generation_pb2.ROLE_USER, content="1 + 2?")
+    return kind(**{"messages": [user], "tools": [add], "separate_reasoning": True, **fields})
+
+
+def test_calls_of_tools_are_read_from_the_answer_and_streamed() -> None:
+    async def test() -> None:
+        async with service(template=TOOL_TEMPLATE.replace("{{ tools | tojson }}", "")) as served:
+            served.engine.answer = [*TOKENIZER.encode(f"I add.</think>\n\nSo: {CALL}"), EOS]
+            reply = await served.generation.Chat(tool_request())
+            (whole,) = reply.completions
+            assert (whole.reasoning, whole.content) == ("I add.", "So: ")
+            (call,) = whole.tool_calls
+            assert (call.index, call.name, call.arguments) == (0, "add", '{"x": [1, 2]}')
+            assert len(call.id) == 9
+            assert whole.text == TOKENIZER.decode(whole.token_ids), "the text is all that the model wrote"
+            asked = tool_request(generation_pb2.StreamChatRequest)
+            asked.sampling.seed = reply.seed
+
+            async def streamed(request: Any) -> tuple[str, str, str, list[Any]]:
+                messages = [message async for message in served.generation.StreamChat(request)]
+                parts = [message.completions[0] for message in messages if message.completions]
+                calls = [c for part in parts for c in part.tool_calls]
+                text, reasoning, content = (
+                    "".join(getattr(part, name) for part in parts)
+                    for name in ("text", "reasoning", "content")
+                )
+                return text, reasoning, content, calls
+
+            text, reasoning, content, calls = await streamed(asked)
+            assert (text, reasoning, content) == (whole.text, whole.reasoning, whole.content)
+            assert calls[0].name == "add" and calls[0].id == call.id and len(calls) > 3
+            assert "".join(c.arguments for c in calls) == call.arguments
+            for cut in range(1, len(whole.token_ids) - 1, 3):
+                asked.resume.Clear()
+                asked.resume.samples.add(index=0, token_ids=whole.token_ids[:cut])
+                asked.resume.seed, asked.resume.numerics_id = reply.seed, reply.numerics_id
+                rest = await streamed(asked)
+                assert all(a.endswith(b) for a, b in zip((text, reasoning, content), rest[:3], strict=True))
+                assert call.arguments.endswith("".join(c.arguments for c in rest[3]))
+
+    run(test)
+
+
+def test_tools_and_their_answers_reach_the_template() -> None:
+    async def test() -> None:
+        async with service(template=TOOL_TEMPLATE) as served:
+            Message = generation_pb2.Message
+            asked = tool_request()
+            asked.messages.append(Message(role=generation_pb2.ROLE_ASSISTANT))
+            asked.messages[1].tool_calls.add(id="c1", name="add", arguments='{"x": 5}')
+            asked.messages.append(Message(role=generation_pb2.ROLE_TOOL, content="3", tool_call_id="c1"))
+            asked.stopping.max_tokens = 4
+            await served.generation.Chat(asked)
+            prompt = TOKENIZER.decode(served.engine.requests[0].prompt_token_ids)
+            assert prompt.endswith("[user]1 + 2?[assistant](c1 add 5)[tool]3c1[assistant]<think>")
+            shown = {"name": "add", "description": "sums", "parameters": {"type": "object"}}
+            assert json.loads(prompt.partition(" use")[0]) == [{"type": "function", "function": shown}]
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"tools": [{"name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"name": "a"}, {"name": "a"}]}, "tools[1].name"),
+        ({"tools": [{"name": "a", "parameters": "[1]"}]}, "tools[0].parameters"),
+        ({"tools": [], "tool_choice": {"name": "add"}}, "tool_choice"),
+        ({"tool_choice": {"name": "subtract"}}, "tool_choice.name"),
+        ({"tool_choice": {"mode": 9}}, "tool_choice.mode"),
+        ({"structured_output": {"regex": "a"}}, "structured_output"),
+        ({"tool_choice": {"mode": 3}, "stopping": {"stop": ["x"]}}, "stopping.stop"),
+        ({"messages": [{"role": 2, "tool_calls": [{"name": "a"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": 2, "tool_call_id": "x"}]}, "messages[0].tool_call_id"),
+        (
+            {"messages": [{"role": 3, "tool_calls": [{"name": "a", "arguments": "{"}]}]},
+            "messages[0].tool_calls[0].arguments",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_tools(fields: dict[str, Any], path: str) -> None:
+    async def test() -> None:
+        async with service(template=TOOL_TEMPLATE) as served:
+            code, details = await failure(served.generation.Chat(tool_request(**fields)))
+            assert (code, fields_of(details)) == (Code.INVALID_ARGUMENT, [path])
+
+    run(test)
+
+
+def test_a_template_without_tools_is_not_given_any() -> None:
+    async def test() -> None:
+        async with service() as served:
+            code, _ = await failure(served.generation.Chat(tool_request()))
+            assert code is Code.FAILED_PRECONDITION
+
+    run(test)
 
 
 def test_the_configuration_in_force_is_told_with_its_origins() -> None:

@@ -41,6 +41,8 @@ from salver.client.types import (
     Timings,
     Token,
     TokenLogprob,
+    Tool,
+    ToolCall,
     Usage,
 )
 
@@ -83,6 +85,8 @@ __all__ = [
     "Tls",
     "Token",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
     "Unauthenticated",
     "Unavailable",
     "Usage",

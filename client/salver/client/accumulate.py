@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from salver.client.types import Completion, GenerateResult, Resume
+from salver.client.types import Completion, GenerateResult, Resume, ToolCall
 
 
 class Accumulator:
@@ -70,4 +70,17 @@ def _joined(whole: Completion, part: Completion) -> Completion:
         logprobs=whole.logprobs + part.logprobs,
         finish_reason=part.finish_reason or whole.finish_reason,
         stop_match=part.stop_match or whole.stop_match,
+        content=whole.content + part.content,
+        reasoning=whole.reasoning + part.reasoning,
+        tool_calls=_joined_calls(whole.tool_calls, part.tool_calls),
     )
+
+
+def _joined_calls(whole: tuple[ToolCall, ...], part: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
+    calls = list(whole)
+    for delta in part:
+        if calls and calls[-1].index == delta.index:
+            calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + delta.arguments)
+        else:
+            calls.append(delta)
+    return tuple(calls)

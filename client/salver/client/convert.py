@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from salver.client.types import (
     Timings,
     Token,
     TokenLogprob,
+    Tool,
+    ToolCall,
     Usage,
 )
 from salver.v1 import common_pb2, generation_pb2, model_pb2, tokenization_pb2
@@ -47,12 +50,18 @@ _SAMPLING = (
     "allowed_words",
     "allowed_token_ids",
 )
+_STRUCTURED = ("json_schema", "json_object", "regex", "grammar", "choice")
 _STOPPING = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 _ROLES = {
     Role.SYSTEM: generation_pb2.ROLE_SYSTEM,
     Role.USER: generation_pb2.ROLE_USER,
     Role.ASSISTANT: generation_pb2.ROLE_ASSISTANT,
     Role.TOOL: generation_pb2.ROLE_TOOL,
+}
+_TOOL_MODES = {
+    "auto": generation_pb2.ToolChoice.MODE_AUTO,
+    "none": generation_pb2.ToolChoice.MODE_NONE,
+    "required": generation_pb2.ToolChoice.MODE_REQUIRED,
 }
 _FINISH_REASONS = {
     common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -77,7 +86,36 @@ def to_prompt(prompt: PromptLike) -> common_pb2.Prompt:
 def to_messages(conversation: Conversation) -> list[generation_pb2.Message]:
     """A conversation; a mere string is what the user says."""
     messages = [Message.user(conversation)] if isinstance(conversation, str) else conversation
-    return [generation_pb2.Message(role=_ROLES[m.role], content=m.content, name=m.name) for m in messages]
+    return [
+        generation_pb2.Message(
+            role=_ROLES[m.role],
+            content=m.content,
+            name=m.name,
+            tool_calls=[
+                common_pb2.ToolCall(index=c.index, id=c.id, name=c.name, arguments=c.arguments)
+                for c in m.tool_calls
+            ],
+            tool_call_id=m.tool_call_id,
+        )
+        for m in messages
+    ]
+
+
+def to_tools(tools: Iterable[Tool]) -> list[generation_pb2.Tool]:
+    return [
+        generation_pb2.Tool(
+            name=tool.name,
+            description=tool.description,
+            parameters=json.dumps(dict(tool.parameters)) if tool.parameters else "",
+        )
+        for tool in tools
+    ]
+
+
+def to_tool_choice(choice: str) -> generation_pb2.ToolChoice:
+    """Of "auto", "none", "required" or a tool's name."""
+    mode = _TOOL_MODES.get(choice)
+    return generation_pb2.ToolChoice(name=choice) if mode is None else generation_pb2.ToolChoice(mode=mode)
 
 
 def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any) -> Request:
@@ -103,6 +141,13 @@ def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any
             prompt_top_k=rest.pop("prompt_logprobs", None),
             token_ids=rest.pop("logprob_token_ids", ()),
         )
+    structured = _take(rest, _STRUCTURED)
+    if structured:
+        fields["structured_output"] = to_structured_output(structured)
+    if "tools" in rest:
+        fields["tools"] = to_tools(rest.pop("tools"))
+    if "tool_choice" in rest:
+        fields["tool_choice"] = to_tool_choice(rest.pop("tool_choice"))
     if "resume" in rest:
         fields["resume"] = to_resume(rest.pop("resume"))
     template_kwargs = rest.pop("template_kwargs", None)
@@ -113,6 +158,18 @@ def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any
     if template_kwargs:
         request.template_kwargs.update(template_kwargs)  # type: ignore[attr-defined]
     return request
+
+
+def to_structured_output(options: Mapping[str, Any]) -> generation_pb2.StructuredOutput:
+    """Of the one option that says what the text must be. Raises TypeError for several."""
+    if len(options) > 1:
+        raise TypeError(f"only one of {', '.join(options)} can be given")
+    ((form, value),) = options.items()
+    if form == "json_schema" and not isinstance(value, str):
+        value = json.dumps(value)
+    elif form == "choice":
+        value = generation_pb2.StructuredOutput.Choice(options=value)
+    return generation_pb2.StructuredOutput(**{form: value})
 
 
 def to_resume(resume: Resume) -> common_pb2.Resume:
@@ -215,6 +272,9 @@ def _completion(c: common_pb2.Completion) -> Completion:
         stop_match=match,
         text_offset=c.text_offset,
         token_offset=c.token_offset,
+        content=c.content,
+        reasoning=c.reasoning,
+        tool_calls=tuple(ToolCall(t.name, t.arguments, t.id, t.index) for t in c.tool_calls),
     )
 
 
@@ -241,8 +301,9 @@ def _configuration(configuration: common_pb2.GenerationConfiguration) -> dict[st
     for prefix in ("sampling", "stopping"):
         part = getattr(configuration, prefix)
         for field in part.DESCRIPTOR.fields:
-            name = f"{prefix}.{field.name}"
-            if name in configuration.origins and (origin := _ORIGINS.get(configuration.origins[name])):
+            path = f"{prefix}.{field.name}"
+            origin = _ORIGINS.get(configuration.origins[path]) if path in configuration.origins else None
+            if origin is not None:
                 settings[field.name] = Setting(_plain(getattr(part, field.name)), origin)
     return settings
 

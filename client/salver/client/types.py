@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -26,12 +27,37 @@ class Role(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the model calls; `arguments` is JSON. In a stream, what was added to it."""
+
+    name: str
+    arguments: str
+    id: str = ""
+    index: int = 0
+
+    def parsed(self) -> Any:
+        """The arguments as Python values. Raises ValueError for those that were cut."""
+        return json.loads(self.arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `parameters` is the JSON Schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation."""
 
     role: Role
     content: str
     name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
     @classmethod
     def user(cls, content: str) -> Message:
@@ -42,8 +68,13 @@ class Message:
         return cls(Role.SYSTEM, content)
 
     @classmethod
-    def assistant(cls, content: str) -> Message:
-        return cls(Role.ASSISTANT, content)
+    def assistant(cls, content: str, tool_calls: Sequence[ToolCall] = ()) -> Message:
+        return cls(Role.ASSISTANT, content, tool_calls=tuple(tool_calls))
+
+    @classmethod
+    def tool(cls, call: ToolCall, content: str) -> Message:
+        """What a tool answers to a call."""
+        return cls(Role.TOOL, content, call.name, tool_call_id=call.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +112,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample; in a stream, what was added to it, starting at the offsets (code points, tokens)."""
+    """One sample; in a stream, what was added to it, starting at the offsets (code points, tokens).
+
+    With tools or separate_reasoning, content, reasoning and tool_calls are what `text` says.
+    """
 
     index: int
     text: str
@@ -91,6 +125,9 @@ class Completion:
     stop_match: StopMatch | None = None
     text_offset: int = 0
     token_offset: int = 0
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +273,8 @@ class GenerationOptions(TypedDict, total=False):
 
     `timeout` is in seconds, `logprobs` and `prompt_logprobs` say how many of the most probable
     tokens to return at each position (0: the chosen one alone), `logprob_token_ids` which others.
-    What each of the others does is said in docs/generation.md.
+    `json_schema` (a mapping, or its text), `json_object`, `regex`, `grammar` and `choice` say what the
+    text must be; at most one of them. What each option does is said in docs/generation.md.
     """
 
     temperature: float
@@ -264,6 +302,11 @@ class GenerationOptions(TypedDict, total=False):
     logprobs: int
     prompt_logprobs: int
     logprob_token_ids: Sequence[int]
+    json_schema: str | Mapping[str, Any]
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
     priority: int
     cache_salt: str
     resume: Resume
@@ -273,11 +316,14 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class ChatOptions(GenerationOptions, total=False):
-    """What a chat takes besides."""
+    """What a chat takes besides. `tool_choice` is "auto", "none", "required" or a tool's name."""
 
     add_generation_prompt: bool
     continue_final_message: bool
     template_kwargs: Mapping[str, Any]
+    tools: Sequence[Tool]
+    tool_choice: str
+    separate_reasoning: bool
 
 
 class ScoreOptions(TypedDict, total=False):

@@ -129,6 +129,7 @@ class _Loaded:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     generation_config: GenerationConfig
+    checkpoint: Path
 
 
 def served_name(config: ServerConfig) -> str:
@@ -207,6 +208,7 @@ def load_front(checkpoint: Path) -> _Loaded:
             Tokenizer.from_directory(checkpoint),
             ChatTemplate.from_directory(checkpoint),
             GenerationConfig.from_directory(checkpoint),
+            checkpoint,
         )
     except (CheckpointError, ChatTemplateError) as error:
         raise StartError(str(error)) from error
@@ -387,6 +389,7 @@ class Application:
             ready=ready,
             weights_digest=digest,
             generation_config=loaded.generation_config,
+            checkpoint=str(loaded.checkpoint),
             limits=RequestLimits(
                 max_model_len=ready.max_model_len,
                 # Block 0 is the null block of padding rows.

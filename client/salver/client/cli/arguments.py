@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from salver.client.cli import chat, commands
@@ -82,6 +83,12 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     for flag, kind, text in _SAMPLING:
         group.add_argument(flag, type=kind, help=text)
     group.add_argument("--stop", action="append", help="end at this text (may be given several times)")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="JSON that this JSON Schema describes")
+    form.add_argument("--json-object", action="store_true", default=None, help="any JSON object")
+    form.add_argument("--regex", help="the whole text matches this regular expression")
+    form.add_argument("--grammar", metavar="FILE", help="a text of this grammar (Lark's syntax)")
+    form.add_argument("--choice", nargs="+", metavar="TEXT", help="one of these texts")
     group.add_argument("--bad-words", nargs="+", metavar="WORD", help="never write these")
     group.add_argument("--allowed-words", nargs="+", metavar="WORD", help="write nothing but these")
     group.add_argument(
@@ -92,5 +99,19 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
     """What was given of the generation flags, as keyword arguments of the client."""
     names = [flag[2:].replace("-", "_") for flag, _, _ in _SAMPLING]
-    names += ["stop", "bad_words", "allowed_words", "ignore_eos", "timeout", "n"]
-    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    names += [
+        "json_object",
+        "regex",
+        "choice",
+        "stop",
+        "bad_words",
+        "allowed_words",
+        "ignore_eos",
+        "timeout",
+        "n",
+    ]
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    for name in ("json_schema", "grammar"):
+        if (path := getattr(options, name, None)) is not None:
+            given[name] = Path(path).read_text(encoding="utf-8")
+    return given

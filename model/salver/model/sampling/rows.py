@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(slots=True)
 class SamplingRow:
@@ -15,6 +18,8 @@ class SamplingRow:
     these sequences, one after the other, and `stop_token_ids` may follow a whole one.
     allowed_token_ids: nothing but these and `stop_token_ids`. All three are off when empty.
     no_repeat_ngram_size: no so many tokens occur twice in prompt and output; 0 is off.
+    mask: uint8 [at least V / 8], a bit for each token that a grammar allows, lowest bit first; tokens
+    beyond its end are not allowed.
     """
 
     temperature: float
@@ -36,3 +41,4 @@ class SamplingRow:
     allowed_token_ids: tuple[int, ...] = ()
     stop_token_ids: Collection[int] = ()
     no_repeat_ngram_size: int = 0
+    mask: npt.NDArray[np.uint8] | None = None

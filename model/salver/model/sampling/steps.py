@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,6 +81,14 @@ def _allowed(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
         if parameters.allowed_words:
             found, whole = allowed_next(parameters.output_token_ids, parameters.allowed_words)
             _exclude_others(row, {*found, *stops} if whole else found)
+
+
+def _grammar(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    masks = np.stack([row.mask for row in rows if row.mask is not None])
+    excluded = np.unpackbits(~masks, axis=1, bitorder="little")[:, : logits.shape[1]].view(np.bool_)
+    known = excluded.shape[1]
+    logits[:, :known].masked_fill_(torch.from_numpy(excluded).to(logits.device), float("-inf"))
+    logits[:, known:] = float("-inf")
 
 
 def _exclude(row: Tensor, token_ids: set[int]) -> None:
@@ -171,6 +180,7 @@ STEPS = (
     Step("no_repeat_ngram", lambda row: row.no_repeat_ngram_size > 0, _no_repeat_ngram),
     Step("bad_words", lambda row: bool(row.bad_words), _bad_words),
     Step("allowed", lambda row: bool(row.allowed_words or row.allowed_token_ids), _allowed),
+    Step("grammar", lambda row: row.mask is not None, _grammar),
     Step("temperature", _samples, _temperature),
     Step("top_k", lambda row: _samples(row) and row.top_k > 0, _top_k),
     Step("top_p", lambda row: _samples(row) and row.top_p < 1.0, _top_p),

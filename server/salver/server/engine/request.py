@@ -121,6 +121,7 @@ class EngineRequest:
     tenant: str = ""  # whose it is; tenants share the engine by their weights
     weight: float = 1.0
     encoding: EncodingParams | None = None
+    grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
 
 
 @dataclass(frozen=True, slots=True)

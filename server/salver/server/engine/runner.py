@@ -15,6 +15,7 @@ from salver.model.transformer import Decoder
 from salver.server.engine.batch import Part, build_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
+from salver.server.engine.grammar import Grammars, Mask
 from salver.server.engine.readouts import Dense, read_states
 from salver.server.engine.request import EngineRequest, Logprobs
 from salver.server.engine.scheduler import Schedule, Scheduled
@@ -36,7 +37,9 @@ class ModelRunner:
         row_multiple: int,
         on_progress: Callable[[], None] | None = None,
         dense: Dense | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        """Without `grammars`, no request may have one."""
         self.model = model
         self.cache = cache
         self._dense = dense
@@ -44,6 +47,7 @@ class ModelRunner:
         self.row_multiple = row_multiple
         self.device = model.device
         self._on_progress = on_progress
+        self.grammars = grammars
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
@@ -99,7 +103,17 @@ class ModelRunner:
         if not sampling:
             return
         items = [schedule.scheduled[i] for i in sampling]
-        chosen = sample(logits, [row for item in items for row in sampling_rows(item.sequence, item.draft)])
+        masks: list[Mask | None] = [None] * len(items)
+        if self.grammars is not None:
+            masks = self.grammars.masks([(item.sequence, item.draft) for item in items])
+        chosen = sample(
+            logits,
+            [
+                row
+                for item, mask in zip(items, masks, strict=True)
+                for row in sampling_rows(item.sequence, item.draft, mask)
+            ],
+        )
         wanted: list[tuple[int, EngineRequest]] = []  # rows of logits, and who asks for log-probabilities
         asking: list[RowResult] = []
         first_row = 0
@@ -206,8 +220,13 @@ def _are_numbers(logits: Tensor) -> bool:
     return bool(logits.isfinite().any()) and not bool(logits.isnan().any())
 
 
-def sampling_rows(sequence: Sequence, draft: tuple[int, ...] = ()) -> list[SamplingRow]:
-    """How the tokens after the newest one and after each draft are chosen: as if they stood there."""
+def sampling_rows(
+    sequence: Sequence, draft: tuple[int, ...] = (), masks: Mask | None = None
+) -> list[SamplingRow]:
+    """How the tokens after the newest one and after each draft are chosen: as if they stood there.
+
+    `masks`: what the grammar allows at each of them.
+    """
     request = sequence.request
     sampling, stopping = request.sampling, request.stopping
     output = [*sequence.token_ids[sequence.num_prompt_tokens :], *draft]
@@ -233,6 +252,7 @@ def sampling_rows(sequence: Sequence, draft: tuple[int, ...] = ()) -> list[Sampl
             allowed_token_ids=sampling.allowed_token_ids,
             stop_token_ids=stopping.stop_token_ids,
             no_repeat_ngram_size=sampling.no_repeat_ngram_size,
+            mask=None if masks is None else masks[length - first],
         )
         for length in range(first, len(output) + 1)
     ]

@@ -47,6 +47,7 @@ class Sequence:
         "first_scheduled",
         "first_token",
         "followers",
+        "grammar_state",
         "key",
         "last_token",
         "next_prompt_logprob",
@@ -94,6 +95,7 @@ class Sequence:
         self.last_token: float | None = None
         self.steps = 0
         self.preemptions = 0
+        self.grammar_state: object | None = None  # the runner's; a function of the tokens
         self._digests: list[bytes] = []
 
     @property

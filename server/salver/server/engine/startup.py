@@ -20,6 +20,7 @@ from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.draft_model import DraftModel
 from salver.server.engine.drafts import PromptLookup, Speculation, StepCosts
+from salver.server.engine.grammar import Grammars, load_vocabulary
 from salver.server.engine.request import Ready
 from salver.server.engine.runner import ModelRunner
 from salver.server.engine.status_page import StatusPage
@@ -68,7 +69,15 @@ def start_engine(
     # The kernel's rows don't know one another; torch's may.
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
     timer.done("probe numerics")
-    runner = ModelRunner(decoder, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump)
+    grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
+    runner = ModelRunner(
+        decoder,
+        cache,
+        block_size=block_size,
+        row_multiple=multiple,
+        on_progress=page.bump,
+        grammars=grammars,
+    )
     speed, tokens_for_one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
@@ -116,6 +125,7 @@ def start_engine(
         max_num_batched_tokens=budget,
         phases=tuple(phases),
     )
+    grammars.warm_beside()
     return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
 
 

@@ -18,10 +18,19 @@ from salver.server.metrics import Metrics
 from salver.server.rpc import convert
 from salver.server.rpc.configuration import Configuration
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
+from salver.server.rpc.grammar import GrammarCompiler, check_followable, check_structured_output
 from salver.server.rpc.prompts import PromptReader, template_of
 from salver.server.rpc.scoring import score
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.submission import Submissions, next_request_id
+from salver.server.rpc.tools import (
+    AnswerReader,
+    check_calls,
+    check_tools,
+    grammar_of_calls,
+    must_call,
+    wants_reading,
+)
 from salver.server.rpc.validation import (
     GenerationParams,
     Violations,
@@ -56,14 +65,19 @@ class _Generation:
     engine_request: EngineRequest
     stream: GenerationStream
     configuration: Configuration
+    reader: AnswerReader | None
 
     def response(self, kind: Callable[..., _Response], deltas: list[CompletionDelta]) -> _Response:
-        tokenizer = self.model.tokenizer
+        seed = self.engine_request.sampling.seed
+        completions = [convert.completion(delta, self.model.tokenizer) for delta in deltas]
+        if self.reader is not None:
+            for completion in completions:
+                self.reader.read(completion, seed)
         return kind(
             request_id=self.request_id,
             model=self.model.name,
-            completions=[convert.completion(delta, tokenizer) for delta in deltas],
-            seed=self.engine_request.sampling.seed,
+            completions=completions,
+            seed=seed,
             numerics_id=self.model.ready.numerics_id,
         )
 
@@ -91,11 +105,19 @@ class _Generation:
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Answers with generated text."""
 
-    def __init__(self, front: Front, admission: Admission, metrics: Metrics, prompts: PromptReader) -> None:
+    def __init__(
+        self,
+        front: Front,
+        admission: Admission,
+        metrics: Metrics,
+        prompts: PromptReader,
+        grammars: GrammarCompiler,
+    ) -> None:
         self._front = front
         self._admission = admission
         self._metrics = metrics
         self._prompts = prompts
+        self._grammars = grammars
 
     async def Generate(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         return await self._answer(request, context, generation_pb2.GenerateResponse)
@@ -182,9 +204,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         params, read_prompt = self._checked(request, model)
         permit = self._admission.admit()
         try:
-            token_ids = await read_prompt()
+            text, token_ids = await read_prompt()
             params = await self._with_words(params, model)
             engine_request = _engine_request(params, token_ids, model, arrival=arrival, deadline=deadline)
+            grammar = await self._grammar(request, model, engine_request.outputs)
+            engine_request = replace(engine_request, grammar=grammar)
+            reader = None
+            if hasattr(request, "messages") and wants_reading(request):
+                reader = AnswerReader(request, model, text, dict(params.resumed))
             permit.add_tokens(len(token_ids))
             permit.check_deadline((engine_request,))
             stream = GenerationStream(
@@ -199,12 +226,22 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 with self._front.running(stream):
                     stream.start()
                     yield _Generation(
-                        request.request_id, model, engine_request, stream, _told(params, engine_request)
-                    )
+                        request.request_id, model, engine_request, stream, _told(params, engine_request),
+                        reader,
+                    )  # fmt: skip
             finally:
                 stream.close()
         finally:
             permit.release()
+
+    async def _grammar(self, request: Any, model: ServedModel, outputs: tuple[tuple[int, ...], ...]) -> str:
+        """What the output must follow, compiled; empty: nothing. Raises ApiError."""
+        if request.HasField("structured_output"):
+            return await self._grammars.compile(request.structured_output, model, outputs)
+        if must_call(request):
+            lark = grammar_of_calls(request, model)
+            return await self._grammars.compile_form("grammar", lark, "tools", model, outputs)
+        return ""
 
     async def _with_words(self, params: GenerationParams, model: ServedModel) -> GenerationParams:
         """The parameters with their words as tokens. Raises ApiError where allowed words have none."""
@@ -222,12 +259,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     def _checked(
         self, request: Any, model: ServedModel
-    ) -> tuple[GenerationParams, Callable[[], Awaitable[tuple[int, ...]]]]:
-        """The parameters, and how to read the prompt. Raises ApiError for everything that is wrong."""
+    ) -> tuple[GenerationParams, Callable[[], Awaitable[tuple[str, tuple[int, ...]]]]]:
+        """The parameters, and how to read the prompt: the conversation's text, if it is one, and the ids.
+
+        Raises ApiError for everything that is wrong.
+        """
         violations = Violations()
         if hasattr(request, "messages"):
             template_of(model)
             check_messages(request.messages, "messages", violations)
+            violations.found += check_calls(request.messages) + check_tools(request, model)
             going_on = request.continue_final_message
             asks = (
                 request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
@@ -235,18 +276,23 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             if asks and going_on:
                 violations.add("add_generation_prompt", "cannot be set together with continue_final_message")
 
-            def read_prompt() -> Awaitable[tuple[int, ...]]:
-                return self._prompts.conversation(
+            async def read_prompt() -> tuple[str, tuple[int, ...]]:
+                return await self._prompts.conversation(
                     request.messages, model, add_generation_prompt=asks, continue_final_message=going_on,
                     template_kwargs=request.template_kwargs if request.HasField("template_kwargs") else None,
+                    tools=request.tools,
                 )  # fmt: skip
         else:
             check_prompt(request.prompt, "prompt", model.limits.vocab_size, violations)
 
-            def read_prompt() -> Awaitable[tuple[int, ...]]:
-                return self._prompts.prompt(request.prompt, model)
+            async def read_prompt() -> tuple[str, tuple[int, ...]]:
+                return "", await self._prompts.prompt(request.prompt, model)
 
         params = check_generation(request, model, violations)
+        if request.HasField("structured_output"):
+            violations.found += check_structured_output(request)
+        if request.HasField("structured_output") or must_call(request):
+            violations.found += check_followable(request, model)
         violations.raise_any()
         return params, read_prompt
 

@@ -15,6 +15,7 @@ from salver.model.chat_template import ChatTemplate, ChatTemplateError
 from salver.model.tokenizer import Tokenizer
 from salver.server.rpc.errors import Violation, invalid_argument, task_not_supported
 from salver.server.rpc.served import ServedModel
+from salver.server.rpc.tools import for_template, turn_of
 from salver.v1 import common_pb2, generation_pb2
 
 # Above this many characters a tokenization takes longer (about a millisecond) than a loop should wait.
@@ -25,7 +26,7 @@ _ROLES = {
     generation_pb2.ROLE_ASSISTANT: "assistant",
     generation_pb2.ROLE_TOOL: "tool",
 }
-_RESERVED = ("messages", "add_generation_prompt", "continue_final_message")
+_RESERVED = ("tools", "messages", "add_generation_prompt", "continue_final_message")
 _T = TypeVar("_T")
 
 
@@ -69,21 +70,23 @@ class PromptReader:
         add_generation_prompt: bool,
         continue_final_message: bool = False,
         template_kwargs: struct_pb2.Struct | None = None,
-    ) -> tuple[int, ...]:
-        """Ids of a conversation, as the chat template writes it. Raises ApiError."""
+        tools: Sequence[generation_pb2.Tool] = (),
+    ) -> tuple[str, tuple[int, ...]]:
+        """A conversation as the chat template writes it, and its ids. Raises ApiError."""
 
-        def work() -> list[int]:
+        def work() -> tuple[str, list[int]]:
             text = render(
                 messages, model, add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message, template_kwargs=template_kwargs,
+                continue_final_message=continue_final_message, template_kwargs=template_kwargs, tools=tools,
             )  # fmt: skip
             # Templates write the special tokens themselves.
-            return model.tokenizer.encode(text, add_special_tokens=False)
+            return text, model.tokenizer.encode(text, add_special_tokens=False)
 
-        ids = await self.run(sum(len(message.content) for message in messages), work)
+        size = sum(len(message.content) for message in messages) + sum(len(tool.parameters) for tool in tools)
+        text, ids = await self.run(size, work)
         if not ids:
             raise invalid_argument([Violation("messages", "the conversation tokenizes to nothing")])
-        return tuple(ids)
+        return text, tuple(ids)
 
     async def words(self, texts: Sequence[str], model: ServedModel) -> tuple[tuple[int, ...], ...]:
         """Token sequences of words, each as it is and after a space; those of no token are left out.
@@ -123,6 +126,7 @@ def render(
     add_generation_prompt: bool,
     continue_final_message: bool = False,
     template_kwargs: struct_pb2.Struct | None = None,
+    tools: Sequence[generation_pb2.Tool] = (),
 ) -> str:
     """The text of a conversation. Raises ApiError when the template refuses it."""
     template = template_of(model)
@@ -132,16 +136,11 @@ def render(
         raise invalid_argument(
             [Violation(f"template_kwargs.{name}", "is a field of the request") for name in reserved]
         )
-    turns = []
-    for message in messages:
-        turn = {"role": _ROLES[message.role], "content": message.content}
-        if message.name:
-            turn["name"] = message.name
-        turns.append(turn)
+    turns = [turn_of(message, _ROLES[message.role]) for message in messages]
     try:
         return template.render(
             turns, add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message, **kwargs,
+            continue_final_message=continue_final_message, tools=for_template(tools), **kwargs,
         )  # fmt: skip
     except ChatTemplateError as error:
         raise invalid_argument([Violation("messages", str(error))]) from error

@@ -69,6 +69,7 @@ class ServedModel:
     weights_digest: str
     limits: RequestLimits
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
+    checkpoint: str = ""  # its directory
 
     @cached_property
     def defaults(self) -> Configuration:

@@ -14,6 +14,7 @@ from salver.server.admission import Admission
 from salver.server.config import ServerConfig
 from salver.server.metrics import Metrics
 from salver.server.rpc.generation import GenerationService
+from salver.server.rpc.grammar import GrammarCompiler
 from salver.server.rpc.health import SERVICE_NAME as HEALTH
 from salver.server.rpc.health import HealthService
 from salver.server.rpc.interceptor import CallInterceptor
@@ -82,13 +83,14 @@ class RpcServer:
         self._config = config
         self._front = front
         self._prompts = PromptReader()
+        self._grammars = GrammarCompiler()
         self.health = HealthService(SERVICES)
         self._credentials = server_credentials(config, metrics.reloaded)
         tenants = None if config.tokens is None else Tenants(config.tokens, metrics.reloaded)
         self._calls = CallInterceptor(metrics, front.gate, Tenancy(tenants, metrics.rejected).enter)
         self._server = grpc.aio.server(interceptors=(self._calls,), options=_options(config))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(front, admission, metrics, self._prompts), self._server
+            GenerationService(front, admission, metrics, self._prompts, self._grammars), self._server
         )
         tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
             TokenizationService(front, self._prompts), self._server
@@ -151,6 +153,7 @@ class RpcServer:
         if self._probes is not None:
             await self._probes.stop(0)
         self._prompts.close()
+        await self._grammars.close()
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
