@@ -30,6 +30,8 @@ from salver.server.engine.request import (
     Ready,
     SequenceOutput,
     SequenceTimings,
+    StepMessage,
+    StepStats,
 )
 from salver.server.metrics import Metrics
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
@@ -149,8 +151,9 @@ class Service:
         self.metrics = Metrics("tiny", methods=all_methods(), codes=STATUS_CODES)
         self.front = Front(self.metrics.rejected)
         self.admission = Admission(
-            self.config.max_queued_requests, self.config.max_queued_tokens, self.metrics.rejected
-        )
+            self.config.max_queued_requests, self.config.max_queued_tokens, self.metrics.rejected,
+            deadlines=self.config.deadline_admission,
+        )  # fmt: skip
         self.engine = FakeEngine()
         self.rpc = RpcServer(self.config, self.front, self.admission, self.metrics, [("load", 0.5)])
         self.template = template
@@ -564,6 +567,35 @@ def test_a_full_queue() -> None:
             await asyncio.gather(*waiting)
             await served.generation.Generate(request())
             assert served.metric("salver_rejections_total") == 1
+
+    run(test)
+
+
+def test_a_deadline_that_cannot_be_met() -> None:
+    """Refused on arrival, with push-back; a request without hurry waits; nothing stays behind."""
+
+    async def test() -> None:
+        async with service() as served:
+            served.admission.ready(served.front.model.ready)
+            for _ in range(20):  # steps take a second: 8 places, 10 tokens are 10 s
+                served.admission.forecast.stepped(StepMessage([], [], StepStats(8, 8, 1.0, 1.0)))
+            served.engine.hold.clear()
+            patient = [
+                asyncio.ensure_future(served.generation.Generate(request(max_tokens=10))) for _ in range(9)
+            ]
+            await until(lambda: len(served.engine.requests) == 9)
+            hurried = request(max_tokens=10)
+            hurried.priority = -9  # behind the others
+            code, details = await failure(served.generation.Generate(hurried, timeout=15))
+            assert code is Code.RESOURCE_EXHAUSTED and details["pushback"] and "RetryInfo" in details
+            assert details["ErrorInfo"].reason == "DEADLINE_TOO_SHORT" and len(served.engine.requests) == 9
+            score = generation_pb2.ScoreRequest(inputs=[score_input("ab", "c")], priority=-9)
+            assert (await failure(served.generation.Score(score, timeout=5)))[0] is Code.RESOURCE_EXHAUSTED
+            assert served.metric("salver_rejections_total", reason="deadline") == 2
+            served.engine.hold.set()
+            await asyncio.gather(*patient)
+            assert served.admission.forecast.idle
+            await served.generation.Generate(hurried, timeout=5)
 
     run(test)
 

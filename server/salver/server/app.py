@@ -34,7 +34,7 @@ from salver.server.catalog import CATALOG, CatalogError, fetch
 from salver.server.config import ServerConfig
 from salver.server.engine.errors import EngineStartError
 from salver.server.engine.process import EngineProcess, EngineState
-from salver.server.engine.request import Ready
+from salver.server.engine.request import Ready, StepMessage
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
 from salver.server.rpc.models import version
@@ -220,8 +220,9 @@ class Application:
         )
         self.front = Front(self.metrics.rejected)
         self.admission = Admission(
-            config.max_queued_requests, config.max_queued_tokens, self.metrics.rejected
-        )
+            config.max_queued_requests, config.max_queued_tokens, self.metrics.rejected,
+            deadlines=config.deadline_admission,
+        )  # fmt: skip
         self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
         self.engine: EngineProcess | None = None
         self._signalled = asyncio.Event()
@@ -306,7 +307,7 @@ class Application:
             self.config.engine_config(
                 checkpoint, digest, kernel_library=library, no_kernel=reason, speculative_checkpoint=draft
             ),
-            on_step=self.metrics.step,
+            on_step=self._on_step,
             on_state=self._on_engine_state,
         )
         self.metrics.worker.worker = self.engine
@@ -328,7 +329,7 @@ class Application:
             phases.add(name, seconds)
             after_torch = 0.0 if name == "import torch" else after_torch + seconds
         model = self._served_model(loaded, ready, digest)
-        self.admission.places = ready.max_num_seqs
+        self.admission.ready(ready)
         self.front.serve(model, self.engine)
         self.rpc.health.set_ready(True)
         phases.add("since torch was imported", after_torch + time.monotonic() - ready_at)
@@ -367,6 +368,10 @@ class Application:
                 max_message_bytes=config.max_message_size,
             ),
         )
+
+    def _on_step(self, message: StepMessage) -> None:
+        self.metrics.step(message)
+        self.admission.forecast.stepped(message)
 
     def _on_engine_state(self, state: EngineState) -> None:
         self.rpc.health.set_engine_state(state)

@@ -218,6 +218,10 @@ class ServerConfig:
         262144, "Limits", "prompt tokens that may wait; beyond: RESOURCE_EXHAUSTED", parse=_integer(1),
         metavar="TOKENS",
     )  # fmt: skip
+    deadline_admission: bool = _flag(
+        True, "Limits", "take also requests that, with what is ahead of them, would end after their deadline",
+        negated=True,
+    )  # fmt: skip
     drain_period: float = _flag(
         30.0, "Limits", "how long running calls may go on after SIGTERM", parse=parse_duration,
         metavar="TIME", shown="30s",

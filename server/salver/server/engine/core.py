@@ -151,8 +151,9 @@ class EngineCore:
                 self._take(item, row, now)
             self.steps += 1
             stats = StepStats(
-                schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration
-            )
+                schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration,
+                sum(item.num_tokens - len(item.draft) - 1 for item in schedule.scheduled),
+            )  # fmt: skip
         if self.limits.check_integrity:
             self.scheduler.check_integrity()
         pending, self._pending = self._pending, _Pending()

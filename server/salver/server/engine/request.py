@@ -120,6 +120,7 @@ class StepStats:
     num_sequences: int
     duration: float
     model_duration: float  # of it, inside the model's forward pass
+    num_prefill_tokens: int = 0  # tokens beside the newest of each sequence and its drafts
 
 
 @dataclass(slots=True)

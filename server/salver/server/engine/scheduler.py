@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from salver.server.engine.blocks import BlockPool
 from salver.server.engine.drafts import Speculation
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
-from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus
+from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus, order_key
 
 # Three times the tokens take less than twice the time: attention to long contexts and what a step
 # costs anyhow don't grow with them (docs/performance.md, "How cost grows").
@@ -211,9 +211,7 @@ class Scheduler:
     # --- inside ------------------------------------------------------------------------
 
     def _key(self, request: EngineRequest, sample_index: int) -> OrderKey:
-        interval = int(request.arrival // self.priority_interval)
-        order = (interval - request.priority, request.deadline, request.arrival)
-        return (*order, request.request_id, sample_index)
+        return order_key(request, sample_index, self.priority_interval)
 
     def _lead(self, samples: list[Sequence]) -> None:
         """Queues the first of these; the others are held until its prompt is computed."""

@@ -15,6 +15,13 @@ from salver.server.engine.request import (
 OrderKey = tuple[int, float, float, int, int]
 
 
+def order_key(request: EngineRequest, sample_index: int, priority_interval: float) -> OrderKey:
+    """The place of a sample in the order; see `scheduler` for the rule."""
+    interval = int(request.arrival // priority_interval)
+    order = (interval - request.priority, request.deadline, request.arrival)
+    return (*order, request.request_id, sample_index)
+
+
 class SequenceStatus(enum.Enum):
     """Where a sequence is. A held one waits for its leader's prompt, which it will share."""
 

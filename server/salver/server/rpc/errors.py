@@ -28,6 +28,7 @@ NUMERICS_MISMATCH = "NUMERICS_MISMATCH"
 # How long clients are asked to wait, in seconds. A full queue moves within a step or a few; a
 # drained server's clients should find another one now.
 RETRY_QUEUE_FULL = 0.5
+MAX_RETRY_DEADLINE = 10.0  # a forecast of more load than that is worth nothing by then
 RETRY_OUT_OF_MEMORY = 5.0  # the others that share the memory must end first
 RETRY_LOADING = 1.0
 RETRY_DRAINING = 0.1
@@ -138,6 +139,19 @@ def queue_full(waiting: str) -> ApiError:
         f"the queue is full: {waiting} are waiting",
         reason="QUEUE_FULL",
         retry_after=RETRY_QUEUE_FULL,
+    )
+
+
+def deadline_too_short(seconds: float, left: float) -> ApiError:
+    """RESOURCE_EXHAUSTED: with what is ahead of it, the request would take `seconds`, and has `left`.
+
+    After as much time as it lacks, the load that there is now would let it through.
+    """
+    return ApiError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        f"too much is waiting: the answer would take about {seconds:.1f} s, the deadline is in {left:.1f} s",
+        reason="DEADLINE_TOO_SHORT",
+        retry_after=min(MAX_RETRY_DEADLINE, max(RETRY_QUEUE_FULL, seconds - left)),
     )
 
 

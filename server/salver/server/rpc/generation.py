@@ -182,6 +182,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             token_ids = await read_prompt()
             engine_request = _engine_request(params, token_ids, model, arrival=arrival, deadline=deadline)
             permit.add_tokens(len(token_ids))
+            permit.check_deadline((engine_request,))
             stream = GenerationStream(
                 Submissions(self._front.engine, self._metrics, permit),
                 engine_request,

@@ -111,11 +111,14 @@ async def score(
         for position, prompt in enumerate(prompts):
             check_score_length(len(prompt.token_ids), f"inputs[{position}]", model.limits)
         permit.add_tokens(sum(len(prompt.token_ids) for prompt in prompts))
-        for prompt in prompts:
-            sink = ScoreSink(_engine_request(prompt, top_k, priority, arrival, deadline))
-            sinks.append(sink)
-            if len(prompt.token_ids) == 1:
-                sink.done.set_result([])  # one token and nothing before it: there is nothing to compute
+        sinks += (
+            ScoreSink(_engine_request(prompt, top_k, priority, arrival, deadline)) for prompt in prompts
+        )
+        # One token and nothing before it: there is nothing to compute.
+        permit.check_deadline([sink.request for sink in sinks if len(sink.request.prompt_token_ids) > 1])
+        for sink in sinks:
+            if len(sink.request.prompt_token_ids) == 1:
+                sink.done.set_result([])
             else:
                 submissions.submit(sink.request, sink)
         guards = [front.running(sink) for sink in sinks]

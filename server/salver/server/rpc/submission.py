@@ -32,11 +32,13 @@ class Submissions:
         """Submits; raises EngineUnavailable."""
         try:
             self._engine.submit(request, ObservedSink(request, sink, self._metrics, self._permit))
+            self._permit.submitted(request)
         except EngineUnavailable:
             self._metrics.rejected("unavailable")
             raise
 
     def abort(self, request_id: int, sample_index: int | None = None) -> None:
+        self._permit.forecast.ended(request_id, sample_index)
         self._engine.abort(request_id, sample_index)
 
 
@@ -60,9 +62,11 @@ class ObservedSink:
             self._started = True
             self._permit.started(len(self._request.prompt_token_ids), len(self._request.sample_indices))
             self._metrics.prompt_started(len(self._request.prompt_token_ids))
+            self._permit.forecast.started(self._request.request_id)
         self._sink.started(seconds)
 
     def put(self, output: SequenceOutput) -> None:
+        self._permit.forecast.took(output)
         self._sink.put(output)
         # What the stream has taken: tokens after a stop string are in no reply and not counted.
         taken = getattr(self._sink, "completion_tokens", 0) - self._seen_tokens
