@@ -33,7 +33,7 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench bench-peers bench-service bench-growth bench-quality exactness wheel protos tools clean
+.PHONY: help run test check bench bench-peers bench-service bench-growth bench-overload bench-quality exactness wheel protos tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +69,9 @@ bench-service: $(VENV)/.dev ## measure what serving costs: through gRPC, and the
 
 bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, memory, arriving prompts
 	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
+
+bench-overload: $(VENV)/.dev ## measure goodput at multiples of the capacity, six minutes (docs/reliability.md)
+	$(BIN)/python benchmarks/overload.py $(BENCH_ARGS)
 
 bench-quality: $(VENV)/.dev ## measure perplexity and agreement with float32 of each precision
 	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
