@@ -204,10 +204,10 @@ def test_more_load_is_never_an_earlier_end(
             engine.runs(request(number, *shape))
         else:
             engine.forecast.entered(request(number, *shape))
-    engine.forecast._prompt = 0.0  # of those to come: more load is less room for them
+    engine.forecast._prompt.value = 0.0  # of those to come: more load is less room for them
     before = engine.end_of(request(1000, *own, arrival=engine.clock.now))
     engine.forecast.entered(request(900, *more))
-    engine.forecast._prompt = 0.0
+    engine.forecast._prompt.value = 0.0
     after = engine.end_of(request(1000, *own, arrival=engine.clock.now))
     assert after >= before * (1 - 1e-9)
     engine.forecast.ended(900)

@@ -69,6 +69,23 @@ class _Line:
     seconds: float = 0.0
 
 
+class _Mean:
+    """Of everything seen at first, and then of the latest, older ones counting less and less."""
+
+    __slots__ = ("_count", "value")
+
+    def __init__(self, value: float) -> None:
+        self.value = value  # until something is seen
+        self._count = 0
+
+    def add(self, value: float) -> None:
+        self._count += 1
+        if self._count == 1:
+            self.value = value
+        else:
+            self.value += max(FORGETTING, 1 / self._count) * (value - self.value)
+
+
 class Forecast:
     """Told of every request and step, it says when a further request would end.
 
@@ -88,9 +105,9 @@ class Forecast:
         self._running: dict[int, _Entry] = {}
         self._ends_early = 1 / FIRST_OUTPUT  # chance that a token is an output's last
         self._pace = 1.0  # tokens that a step gives a sequence: more than one with drafts
-        self._prompt = 0.0  # smoothed length of prompts
-        self._chunk = math.inf  # prompt tokens of a step that computes some
-        self._computed = 1.0  # of a prompt, the part that is not in the prefix cache
+        self._prompt = _Mean(0.0)  # tokens of prompts
+        self._chunk = _Mean(math.inf)  # prompt tokens of a step that computes some
+        self._computed = _Mean(1.0)  # of a prompt, the part that is not in the prefix cache
         self._took = self._foretold = self._error = 0.0  # seconds, smoothed
 
     # --- what happens ------------------------------------------------------------------
@@ -105,8 +122,7 @@ class Forecast:
         entry.foretold = foretold
         self._entries[request.request_id] = entry
         insort(self._waiting, (entry.key, entry), key=_key_of)
-        length = len(request.prompt_token_ids)
-        self._prompt += FORGETTING * (length - self._prompt) if self._prompt else length
+        self._prompt.add(len(request.prompt_token_ids))
 
     def started(self, request_id: int) -> None:
         """The engine began to compute it."""
@@ -123,8 +139,7 @@ class Forecast:
             return
         if num_tokens := len(output.token_ids):
             if not entry.tokens[output.sample_index]:
-                computed = 1 - output.num_cached_tokens / len(entry.request.prompt_token_ids)
-                self._computed += FORGETTING * (computed - self._computed)
+                self._computed.add(1 - output.num_cached_tokens / len(entry.request.prompt_token_ids))
             self._pace += FORGETTING * (num_tokens - self._pace)
             entry.prefill = 0.0
             entry.tokens[output.sample_index] += num_tokens
@@ -167,8 +182,7 @@ class Forecast:
         self.times.observe(stats.num_sequences, stats.num_prefill_tokens, stats.duration)
         left = float(stats.num_prefill_tokens)
         if left:
-            known = self._chunk < math.inf
-            self._chunk = self._chunk + FORGETTING * (left - self._chunk) if known else left
+            self._chunk.add(left)
         for entry in self._running.values():
             if left <= 0:
                 break
@@ -223,7 +237,7 @@ class Forecast:
             deadline=request.deadline,
             output=output,
             cache_tokens=length + resumed + output + self.block_size,
-            prefill=length * self._computed + resumed,
+            prefill=length * self._computed.value + resumed,
             tokens=tokens,
             submitted=self._clock(),
         )
@@ -255,14 +269,14 @@ class Forecast:
                 line.ends.append((min(output / self._pace, left), tokens))
                 line.held += tokens
         heapq.heapify(line.ends)
-        line.step = prefill / self._chunk
+        line.step = prefill / self._chunk.value
         line.seconds = prefill * of_prompt + line.step * self.times.seconds(len(line.ends))
         return line
 
     def _play(self, line: _Line, entries: Iterable[_Entry], now: float) -> None:
         """Starts each of these, in order, as soon as there is room for it. A long queue is walked here."""
         base, of_sequence, of_prompt = self.times.parameters
-        steps_of_token = 1 / self._chunk
+        steps_of_token = 1 / self._chunk.value
         pop, push, ends = heapq.heappop, heapq.heappush, line.ends
         places, cache_tokens, faster = self.places, self.cache_tokens, 1 / self._pace
         at, seconds, held = line.step, line.seconds, line.held
@@ -293,7 +307,7 @@ class Forecast:
         """
         steps = max(1.0, own.output / self._pace)
         followers = sum(step < line.step + steps for step, _ in line.ends)
-        prompts = followers * self._prompt * self._computed * self.times.prefill
+        prompts = followers * self._prompt.value * self._computed.value * self.times.prefill
         return line.seconds + steps * self.times.seconds(len(line.ends)) + prompts
 
     def _compare(self, took: float, foretold: float, missed: bool) -> None:
