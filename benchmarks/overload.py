@@ -39,7 +39,8 @@ WITH, WITHOUT = "with refusals by deadline", "without"
 STEP_TOKENS = "salver_batch_tokens_sum"
 HEADER = (
     "| offered | requests/s | goodput, requests/s | of the peak | good tokens/s | refused | missed "
-    "| TTFT p50, p99 s | refused within, p99 ms | waiting, most | RSS, MB | client's CPU | tokens/s in steps |\n"
+    "| TTFT p50, p99 s | refused within, p99 ms | waiting, most | RSS, MB | client's CPU "
+    "| tokens/s in steps |\n"
     "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
