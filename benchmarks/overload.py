@@ -279,11 +279,9 @@ def report(args: argparse.Namespace, capacity: float, curves: dict[str, list[Mea
     # Beyond twice the capacity, who is still taken has a short answer: more requests, not more work.
     upto = [m.goodput for curve in curves.values() for m in curve if m.rate <= 2.001 * capacity]
     peak = max([capacity, *upto])
-    print(
-        f"{header['cpu']}, {header['cores']} cores; commit {header['commit']}, {header['date']}; {args.dtype}"
-    )
-    print(f"capacity {capacity:.2f} requests/s, peak up to twice that {peak:.2f}; deadlines of {args.slack:g} s and {args.slack_per_token:g} s "
-          f"a token; {args.seconds:g} s a point\n")  # fmt: skip
+    print(f"{header['cpu']}, {header['cores']} cores; commit {header['commit']}, {header['date']}")
+    print(f"{args.dtype}; capacity {capacity:.2f} requests/s, peak up to twice that {peak:.2f}")
+    print(f"deadlines {args.slack:g} s and {args.slack_per_token:g} s a token; {args.seconds:g} s a point\n")
     for name, curve in curves.items():
         if curve:
             print(f"{name}:\n\n{table(curve, capacity, peak)}\n")
