@@ -296,7 +296,7 @@ def report(args: argparse.Namespace, capacity: float, curves: dict[str, list[Mea
         lines = {
             name: [(m.rate / capacity, m.goodput) for m in curve] for name, curve in curves.items() if curve
         }
-        title = f"Goodput under overload ({args.model}, {header['cores']} cores, {header['date']})"
+        title = f"Goodput under overload ({args.model}, {header['cores']} cores, {header['date'][:10]})"
         svg = chart(
             title, "offered load, multiples of the capacity", "requests/s within their deadline", lines
         )
