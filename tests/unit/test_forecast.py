@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -256,6 +257,16 @@ def test_a_deadline_that_nobody_could_meet_is_the_clients_wish() -> None:
     with pytest.raises(ApiError):
         engine.admission.admit().check_deadline([request(3, output=1000, arrival=now, deadline=now + 0.5)])
     assert engine.refusals == ["deadline"]
+
+
+def test_a_stream_that_goes_on_here_is_taken() -> None:
+    engine = Engine(places=1)
+    now = engine.clock.now
+    engine.forecast.entered(request(1, output=500))
+    late = request(2, output=50, arrival=now, deadline=now + 1.0)
+    engine.admission.admit().check_deadline([replace(late, outputs=((7, 7),))])
+    with pytest.raises(ApiError):
+        engine.admission.admit().check_deadline([late])
 
 
 def test_of_requests_that_come_together_the_last_counts() -> None:

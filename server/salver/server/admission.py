@@ -3,7 +3,8 @@
 So it is for a request that would not end before its deadline (`forecast`): it would only take the
 device's time from those that can. Not when the engine is idle, nor while speeds are unknown. One whose
 deadline is too short for its length on an idle machine too has a client that is content with a part
-of the answer: it is refused when not even its first token would come in time.
+of the answer: it is refused when not even its first token would come in time. One that resumes is taken:
+its client has a part already, and another server has lost it.
 
 A permit is held from before a request is tokenized until the engine has started it. As many
 requests as the batch has free places for are on their way in and not waiting: a burst on an
@@ -145,7 +146,8 @@ class Admission:
         estimate = forecast.estimate(requests)
         if estimate is None:
             return None
-        if self._deadlines and not forecast.idle:
+        resumed = any(request.outputs)
+        if self._deadlines and not (forecast.idle or resumed):
             wanted = estimate.end
             if forecast.alone(request).end > left:
                 wanted = estimate.first_token
