@@ -3,8 +3,9 @@
     python fake_worker.py DIRECTORY --socket-fd N --page-fd M
 
 DIRECTORY/plan.json holds one object per life (the last one repeats): {"fail": message},
-{"exit": code, "say": text}, {"hang": true}, {"die_after_steps": n, "after_submits": m}. What a life was
-asked to do is written to DIRECTORY/submits.<life>. A sample's token at position p is
+{"exit": code, "say": text}, {"hang": true}, {"die_after_steps": n, "after_submits": m},
+{"killers": [request ids], "at": position} (dies when it computes one of them there). What a
+life was asked to do is written to DIRECTORY/submits.<life>. A sample's token at position p is
 sum(prompt) + 1000 * sample_index + p; it ends by max_tokens. Before the first token, the
 prompt's log-probabilities come one position a step.
 """
@@ -110,11 +111,18 @@ def main() -> int:
         page.bump()
         if not samples:
             continue
+        if started:
+            channel.send(StepMessage([], started, None))
+        if any(
+            sample.request.request_id in plan.get("killers", ()) and sample.position >= plan["at"]
+            for sample in samples
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
         outputs = [sample.step() for sample in samples]
         samples = [s for s, o in zip(samples, outputs, strict=True) if o.finish_reason is None]
         steps += received >= plan.get("after_submits", 0)
         page.steps += 1
-        channel.send(StepMessage(outputs, started, None))
+        channel.send(StepMessage(outputs, [], None))
         if steps == plan.get("die_after_steps"):
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -230,6 +230,74 @@ def test_a_request_whose_worker_died_twice_fails_and_the_others_go_on(tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("at", [0, 5])
+def test_requests_that_kill_workers_end_alone(tmp_path, at):
+    """Each kills two, and their neighbours lose nothing, however many die under them."""
+
+    async def main():
+        async with House(tmp_path, {"killers": [3, 5], "at": at}) as house:
+            requests = [request(i, 40_000, samples=1 + i % 2) for i in range(1, 8)]
+            sinks = [Sink() for _ in requests]
+            for req, sink in zip(requests, sinks, strict=True):
+                house.engine.submit(req, sink)
+            killers = sinks[2], sinks[4]
+            await until(lambda: all(sink.error for sink in killers) and house.engine.restarts == 3)
+            late = Sink()
+            house.engine.submit(request(8, 3), late)
+            await until(lambda: house.engine.num_in_flight == 0)
+            for req, sink in zip(requests, sinks, strict=True):
+                if sink in killers:
+                    assert isinstance(sink.error, RequestFailed)
+                else:
+                    assert sink.tokens == {index: answer(req, index) for index in req.sample_indices}
+                assert sink.starts == 1
+            assert late.tokens == {0: answer(request(8, 3))}
+            assert house.engine.restarts == 3
+            assert house.engine.state is EngineState.SERVING
+            # Of the last lives each had seen one killer, which came alone and was the last that came.
+            assert [line[0] for line in house.submits(1)] == [1, 2, 3]
+            assert [line[0] for line in house.submits(2)] == [1, 2, 4, 5]
+
+    asyncio.run(main())
+
+
+def test_what_comes_while_a_suspect_is_tried_waits_for_the_verdict(tmp_path):
+    async def main():
+        async with House(tmp_path, {"killers": [1], "at": 0}) as house:
+            killer, late, gone = Sink(), Sink(), Sink()
+            house.engine.submit(request(1, NEVER), killer)
+            await until(lambda: house.engine.state is EngineState.RESTARTING)
+
+            def come():
+                house.engine.submit(request(2, 20), late)
+                house.engine.submit(request(3, 20), gone)
+                house.engine.abort(3)
+                house.when.clear()
+
+            house.when[EngineState.SERVING] = come
+            await until(lambda: killer.error)
+            await until(lambda: late.finished)
+            assert late.tokens == {0: answer(request(2, 20))} and not gone.tokens
+            assert [line[0] for line in house.submits(1)] == [1, "abort"]
+            assert [line[0] for line in house.submits(2)] == [2]
+
+    asyncio.run(main())
+
+
+def test_a_suspect_that_is_aborted_lets_the_others_go_on(tmp_path):
+    async def main():
+        async with House(tmp_path, {"after_submits": 2, "die_after_steps": 3}, {}) as house:
+            first, second = Sink(), Sink()
+            house.engine.submit(request(1, NEVER, samples=2), first)
+            house.engine.submit(request(2, 20_000), second)
+            await until(lambda: house.engine.state is EngineState.RESTARTING)
+            house.when[EngineState.SERVING] = lambda: house.engine.abort(1)
+            await until(lambda: second.finished)
+            assert second.tokens == {0: answer(request(2, 20_000))}
+
+    asyncio.run(main())
+
+
 def test_a_request_aborted_while_restarting_is_not_submitted_again(tmp_path):
     async def main():
         async with House(tmp_path, {"die_after_steps": 3}, {}) as house:

@@ -208,8 +208,12 @@ def load_front(checkpoint: Path) -> _Loaded:
 class Application:
     """The parts of one server. `run()` once, on the loop that it was made on."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(
+        self, config: ServerConfig, make_engine: Callable[..., EngineProcess] = EngineProcess
+    ) -> None:
+        """`make_engine` is called as EngineProcess is, with the configuration and what to tell."""
         self.config = config
+        self._make_engine = make_engine
         self.name = served_name(config)
         self.phases = StartupPhases()
         self.metrics = Metrics(
@@ -302,7 +306,7 @@ class Application:
         with phases.phase("find the kernel"):
             library, reason = await _in_daemon_thread(lambda: find_kernel(self.config))
         started = time.monotonic()
-        self.engine = EngineProcess(
+        self.engine = self._make_engine(
             self.config.engine_config(
                 checkpoint, digest, kernel_library=library, no_kernel=reason, speculative_checkpoint=draft
             ),
@@ -382,6 +386,6 @@ class Application:
             metrics_server.server_close()
 
 
-async def run(config: ServerConfig) -> int:
+async def run(config: ServerConfig, make_engine: Callable[..., EngineProcess] = EngineProcess) -> int:
     """Serves as `config` says until a signal ends it. The exit status. Raises StartError."""
-    return await Application(config).run()
+    return await Application(config, make_engine).run()

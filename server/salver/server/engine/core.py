@@ -132,8 +132,12 @@ class EngineCore:
             self.scheduler.finish(sequence, FinishReason.ABORT)
         self._forget_started(request_id)
 
-    def step(self) -> StepMessage | None:
-        """Runs one step. None when there was nothing to do and nothing to tell."""
+    def step(self, announce: Callable[[StepMessage], None] | None = None) -> StepMessage | None:
+        """Runs one step. None when there was nothing to do and nothing to tell.
+
+        `announce` is told which requests the step begins with, before it computes them: where
+        computing them ends this process, the other side knows whom it computed.
+        """
         begin = self._clock()
         for sequence in self.scheduler.expired(begin):
             self._finish(sequence, FinishReason.DEADLINE)
@@ -145,6 +149,9 @@ class EngineCore:
                 self._started.add(request_id)
                 self._pending.started.append((request_id, begin - sequence.arrival))
         if schedule.scheduled:
+            if announce is not None and self._pending.started:
+                announce(StepMessage([], self._pending.started, None))
+                self._pending.started = []
             result = self._execute(schedule)
             now = self._clock()
             for item, row in zip(schedule.scheduled, result.rows, strict=True):

@@ -2,7 +2,8 @@
 
 Keeps of every request in flight what its samples have so far, so that a request whose
 worker died goes on in the next worker from there. Equal noise for equal positions makes
-the continuation the one that the dead worker would have given.
+the continuation the one that the dead worker would have given. What a dead worker was
+computing goes on one request after the other, so that one that kills workers ends alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import enum
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -133,6 +135,9 @@ class EngineProcess:
         self._worker: WorkerProcess | None = None
         self._loading: WorkerProcess | None = None  # started, not ready yet
         self._in_flight: dict[int, _InFlight] = {}
+        self._suspect: _InFlight | None = None  # it may be what killed the last worker
+        self._unproven: set[int] = set()  # its samples that this worker has not survived yet
+        self._held: deque[_InFlight] = deque()  # in flight, but behind the suspect
         self._served = False  # the current worker, at least one step
         self._start_seconds = 1.0  # what the last start took
         self._retry_at = 0.0
@@ -164,11 +169,15 @@ class EngineProcess:
         """Gives a request to the worker. Raises EngineUnavailable while there is none."""
         if self.state not in (EngineState.SERVING, EngineState.STALLED) or self._worker is None:
             raise self._unavailable()
-        try:
-            self._worker.send(Submit(request))
-        except ChannelClosed as error:  # it died, and the supervisor has not woken up yet
-            raise self._unavailable() from error
-        self._in_flight[request.request_id] = _InFlight(request, sink)
+        entry = _InFlight(request, sink)
+        if self._suspect is not None:
+            self._held.append(entry)
+        else:
+            try:
+                self._worker.send(Submit(request))
+            except ChannelClosed as error:  # it died, and the supervisor has not woken up yet
+                raise self._unavailable() from error
+        self._in_flight[request.request_id] = entry
 
     def abort(self, request_id: int, sample_index: int | None = None) -> None:
         """Ends a request or one sample: its sink hears nothing more of it. Unknown ones are ignored."""
@@ -185,6 +194,9 @@ class EngineProcess:
             # To a dead worker there is nothing to say: what was aborted is not submitted again.
             with contextlib.suppress(ChannelClosed):
                 self._worker.send(Abort(request_id, sample_index))
+        if entry is self._suspect:
+            self._unproven &= entry.tokens.keys()
+            self._release_if_proven()
 
     async def stop(self) -> None:
         """Ends the worker, asked first and killed then, and fails what is in flight. Idempotent."""
@@ -215,7 +227,8 @@ class EngineProcess:
     def _receive(self, message: object) -> None:
         if not isinstance(message, StepMessage):
             raise TypeError(f"a worker does not send {type(message).__name__}")
-        self._served = True
+        # That a step begins is not that it ends.
+        self._served = self._served or bool(message.outputs) or message.stats is not None
         if self._on_step is not None:
             try:
                 self._on_step(message)
@@ -247,6 +260,9 @@ class EngineProcess:
                 _log.exception("request %d: its output could not be taken", output.request_id)
                 self.abort(output.request_id)
                 entry.sink.fail(RequestFailed("an output could not be taken"))
+            if entry is self._suspect and (output.token_ids or output.finish_reason is not None):
+                self._unproven.discard(output.sample_index)
+                self._release_if_proven()
 
     # --- life and death ----------------------------------------------------------------
 
@@ -317,19 +333,44 @@ class EngineProcess:
             self._set_state(EngineState.SERVING)
 
     def _bury(self) -> None:
-        """Counts a death for everything in flight; what died twice has failed."""
-        for request_id, entry in list(self._in_flight.items()):
+        """Counts a death for whatever may have been its cause; what died twice has failed.
+
+        What waited is not the cause. Nor is what ran beside a suspect: it had been a suspect itself.
+        """
+        suspects = [entry for entry in self._in_flight.values() if entry.started]
+        if self._suspect is not None:
+            suspects = [self._suspect]
+        self._suspect = None
+        for entry in suspects:
             entry.deaths += 1
             if entry.deaths >= MAX_DEATHS:
-                del self._in_flight[request_id]
+                del self._in_flight[entry.request.request_id]
                 entry.sink.fail(RequestFailed("the worker died twice while it computed this request"))
 
     def _resubmit(self) -> None:
+        """Gives a new worker what is in flight; first, one by one, what a dead one was computing."""
+        self._held = deque(sorted(self._in_flight.values(), key=lambda entry: not entry.deaths))
+        self._release()
+
+    def _release_if_proven(self) -> None:
+        """The suspect gave a token more in each sample (or ended): computing it does not kill."""
+        if not self._unproven:
+            self._suspect = None
+            self._release()
+
+    def _release(self) -> None:
+        """Gives the worker what is held, up to the next suspect."""
         assert self._worker is not None
-        for entry in self._in_flight.values():
-            # Closed again already: the supervisor finds that next, and counts it.
-            with contextlib.suppress(ChannelClosed):
+        while self._held and self._suspect is None:
+            entry = self._held.popleft()
+            if self._in_flight.get(entry.request.request_id) is not entry:
+                continue  # aborted
+            try:
                 self._worker.send(Submit(entry.rest()))
+            except ChannelClosed:
+                return  # dead again: the supervisor finds that next, and all are submitted anew
+            if entry.deaths:
+                self._suspect, self._unproven = entry, set(entry.tokens)
 
     async def _watch(self) -> None:
         """Compares the worker's progress with what it was; standing still is a stall."""

@@ -81,7 +81,7 @@ def _loop(channel: Channel, page: StatusPage, core: EngineCore) -> None:
                     return
                 case _:
                     raise TypeError(f"no such message: {type(message).__name__}")
-        report = core.step()
+        report = core.step(channel.send)
         publish(page, core)
         if report is not None:
             channel.send(report)
