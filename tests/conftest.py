@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,13 +105,16 @@ def _servers(cache_dir: Path) -> Iterator[Callable[..., object]]:
 
     started: list[Server] = []
 
-    def start(model: object, *flags: str, env: dict[str, str] | None = None) -> Server:
-        """`salver serve MODEL FLAGS`, SERVING. Float32 and one thread unless the flags say otherwise."""
+    def start(model: object, *flags: str, **options: Any) -> Server:
+        """`salver serve MODEL FLAGS`, SERVING. Float32 and one thread unless the flags say otherwise.
+
+        `options` are those of `Server`.
+        """
         given = list(flags)
         for name, value in (("--dtype", "float32"), ("--threads", "1"), ("--cache-dir", str(cache_dir))):
             if name not in given:
                 given += [name, value]
-        server = Server(str(model), *given, env=env)
+        server = Server(str(model), *given, **options)
         started.append(server)
         return server.wait_serving()
 

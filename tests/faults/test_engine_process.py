@@ -209,25 +209,45 @@ def test_told_prompt_log_probabilities_are_dropped_from_the_resubmission(tmp_pat
     asyncio.run(main())
 
 
-def test_a_request_whose_worker_died_twice_fails_and_the_others_go_on(tmp_path):
+def test_a_request_alone_whose_worker_died_twice_fails(tmp_path):
     async def main():
-        plan = {"die_after_steps": 3}, {"after_submits": 2, "die_after_steps": 3}, {}
-        async with House(tmp_path, *plan) as house:
+        async with House(tmp_path, {"die_after_steps": 3}, {"die_after_steps": 3}, {}) as house:
             first, second = Sink(), Sink()
-            late = request(2, 20_000)
             house.engine.submit(request(1, NEVER), first)
-            house.when[EngineState.RESTARTING] = house.when.clear
-            await until(lambda: not house.when)
-            house.when[EngineState.SERVING] = lambda: house.engine.submit(late, second)
-            house.when[EngineState.RESTARTING] = house.when.clear
             await until(lambda: first.error)
             assert isinstance(first.error, RequestFailed)
-            await until(lambda: house.engine.num_in_flight == 0)
-            assert second.error is None
+            await until(lambda: house.engine.restarts == 2)
+            late = request(2, 20_000)
+            house.engine.submit(late, second)
+            await until(lambda: second.finished)
             assert second.tokens == {0: answer(late)}
-            assert house.engine.restarts == 2
 
     asyncio.run(main())
+
+
+def test_nobody_is_blamed_for_deaths_that_come_now_and_then_until_they_are_too_many(tmp_path):
+    async def main():
+        dying = {"after_submits": 2, "die_after_steps": 3}
+        async with House(tmp_path, dying, dying, dying, {}) as house:
+            requests, sinks = (request(1, 30_000), request(2, 30_000)), (Sink(), Sink())
+            for req, sink in zip(requests, sinks, strict=True):
+                house.engine.submit(req, sink)
+            await until(lambda: house.engine.num_in_flight == 0)
+            assert [sink.tokens for sink in sinks] == [{0: answer(req)} for req in requests]
+            assert house.engine.restarts == 3
+
+    async def too_many():
+        dying = {"after_submits": 2, "die_after_steps": 3}
+        (tmp_path / "more").mkdir()
+        async with House(tmp_path / "more", dying) as house:
+            sinks = Sink(), Sink()
+            for number, sink in enumerate(sinks):
+                house.engine.submit(request(number, NEVER), sink)
+            await until(lambda: house.engine.restarts == 4)
+            assert [type(sink.error) for sink in sinks] == [RequestFailed, RequestFailed]
+
+    asyncio.run(main())
+    asyncio.run(too_many())
 
 
 @pytest.mark.parametrize("at", [0, 5])

@@ -67,7 +67,7 @@ def test_streams_survive_the_death_of_the_worker(served: Server) -> None:
         while not collected[-1].tokens:
             collected[-1].add(next(stream))
     worker.kill()
-    assert watch.next(5) == NOT_SERVING
+    assert watch.next(2) == NOT_SERVING
     assert watch.next() == SERVING
     for stream, so_far, tokens in zip(streams, collected, expected, strict=True):
         for message in stream:

@@ -42,8 +42,14 @@ def wait_until(what: str, condition: Callable[[], T], timeout: float = 30.0, pau
 class Server:
     """One `salver serve`, its stubs, its metrics, its processes. Ends with `stop()`."""
 
-    def __init__(self, model: str, *flags: str, env: dict[str, str] | None = None) -> None:
-        command = [SALVER, "serve", model, "--port", "0", "--metrics-port", "0", *flags]
+    def __init__(
+        self,
+        model: str,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        command: Sequence[str] = (SALVER, "serve"),
+    ) -> None:
+        command = [*command, model, "--port", "0", "--metrics-port", "0", *flags]
         if setpriv := shutil.which("setpriv"):  # nothing outlives tests that are killed
             command = [setpriv, "--pdeathsig", "KILL", *command]
         # Passive: the tests, the front and other servers share the cores with the worker's threads, and
@@ -117,7 +123,7 @@ class Server:
         def find() -> psutil.Process | None:
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 try:
-                    if "salver.server.engine.worker" in child.cmdline() and child.status() != "zombie":
+                    if "--page-fd" in child.cmdline() and child.status() != "zombie":
                         return child
                 except psutil.NoSuchProcess:
                     continue

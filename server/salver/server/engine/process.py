@@ -35,7 +35,8 @@ from salver.server.engine.worker_process import WORKER_COMMAND, WorkerProcess
 
 _log = logging.getLogger(__name__)
 
-MAX_DEATHS = 2  # workers that may die under one request
+MAX_DEATHS = 2  # of workers, that end a request which may be blamed: alone, or as the suspect
+MAX_WITNESSED = 4  # deaths that end it in any case: what kills now and then is among those that see it
 
 
 class EngineState(enum.Enum):
@@ -333,19 +334,21 @@ class EngineProcess:
             self._set_state(EngineState.SERVING)
 
     def _bury(self) -> None:
-        """Counts a death for whatever may have been its cause; what died twice has failed.
+        """Counts a death for whatever may have been its cause, and fails what is to blame.
 
         What waited is not the cause. Nor is what ran beside a suspect: it had been a suspect itself.
         """
-        suspects = [entry for entry in self._in_flight.values() if entry.started]
+        blamed = [entry for entry in self._in_flight.values() if entry.started]
         if self._suspect is not None:
-            suspects = [self._suspect]
+            blamed = [self._suspect]
         self._suspect = None
-        for entry in suspects:
+        limit = MAX_DEATHS if len(blamed) == 1 else MAX_WITNESSED
+        for entry in blamed:
             entry.deaths += 1
-            if entry.deaths >= MAX_DEATHS:
+            if entry.deaths >= limit:
                 del self._in_flight[entry.request.request_id]
-                entry.sink.fail(RequestFailed("the worker died twice while it computed this request"))
+                deaths = f"the worker died {entry.deaths} times while it computed this request"
+                entry.sink.fail(RequestFailed(deaths))
 
     def _resubmit(self) -> None:
         """Gives a new worker what is in flight; first, one by one, what a dead one was computing."""
