@@ -7,6 +7,7 @@
 #   HOST PORT METRICS_PORT MODEL QUESTION SERVE_ARGS   of `make run`
 #   PYTEST_ARGS   of `make test`
 #   BENCH_ARGS    of `make bench` and `make bench-peers`
+#   FAULTS_ARGS SOAK_MINUTES   of `make faults` and `make soak`, e.g. "--seed 7 --calls 5000"
 #   EXACTNESS_ARGS  of `make exactness`, e.g. "--first 4711 --mixes 1" to replay one
 
 PYTHON ?= python3
@@ -22,6 +23,8 @@ SERVE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 EXACTNESS_ARGS ?=
+FAULTS_ARGS ?=
+SOAK_MINUTES ?= 60
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install $(PIP_ARGS)
@@ -33,7 +36,7 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench bench-peers bench-service bench-growth bench-quality exactness wheel protos tools clean
+.PHONY: help run test check bench bench-peers bench-service bench-growth bench-quality exactness faults soak wheel protos tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -75,6 +78,14 @@ bench-quality: $(VENV)/.dev ## measure perplexity and agreement with float32 of 
 
 exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
 	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
+
+faults: $(VENV)/.dev ## break things on purpose for some minutes: what was tried, and what was lost
+	cd tests && $(abspath $(BIN))/python -m faults.storm $(FAULTS_ARGS)
+	cd tests && $(abspath $(BIN))/python -m faults.survival
+	cd tests && $(abspath $(BIN))/python -m faults.simulation
+
+soak: $(VENV)/.dev ## an hour of load with faults of the worker; memory and what was lost (SOAK_MINUTES)
+	cd tests && $(abspath $(BIN))/python -m faults.storm --minutes $(SOAK_MINUTES) --worker-faults $(FAULTS_ARGS)
 
 wheel: $(VENV)/.made ## build the wheel, with the native kernel compiled, into dist
 	SALVER_BUILD_KERNELS=1 $(BIN)/python -m pip --disable-pip-version-check --quiet wheel $(PIP_ARGS) --no-deps -w dist .
