@@ -163,8 +163,7 @@ def survive(
     def begin(*flags: str) -> Server:
         return start(checkpoint, "--drain-period", "0.3s", *flags)
 
-    with ThreadPoolExecutor(num_servers) as pool:
-        servers = list(pool.map(lambda _: begin(), range(num_servers)))
+    servers = [begin() for _ in range(num_servers)]
     load = Load([server.address for server in servers], streams, seed)
     outcomes = {"kill": disturbed(load, kill_one(servers))}
     servers[0] = begin("--port", servers[0].address.rpartition(":")[2])
