@@ -353,7 +353,7 @@ class Storm:
         """Now and then: SIGKILL, or SIGSTOP for as long as makes a stall."""
         while self.worker_faults:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(enough.wait(), self.rng.uniform(5, 20))
+                await asyncio.wait_for(enough.wait(), self.rng.uniform(0.5, 8.0))
             if enough.is_set():
                 return
             worker = await asyncio.to_thread(lambda: self.server.worker)

@@ -112,6 +112,7 @@ def plain(result: GenerateResult) -> GenerateResult:
 def disturbed(load: Load, disturb: Callable[[Load], None]) -> Outcome:
     """Runs the load once in peace and once while `disturb` does what it does, and compares."""
     expected = load.undisturbed()
+    load.enough.clear()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(load.run)
         try:
@@ -141,7 +142,7 @@ def kill_one(servers: list[Server]) -> Callable[[Load], None]:
     return disturb
 
 
-def rolling_restart(start: START, servers: list[Server], checkpoint: Path) -> Callable[[Load], None]:
+def rolling_restart(begin: Callable[..., Server], servers: list[Server]) -> Callable[[Load], None]:
     """SIGTERM to one after the other, and a new one on its port before the next."""
 
     def disturb(load: Load) -> None:
@@ -149,20 +150,24 @@ def rolling_restart(start: START, servers: list[Server], checkpoint: Path) -> Ca
             wait_until_busy(server, 1)
             port = server.address.rpartition(":")[2]
             assert server.stop(signal.SIGTERM) == 0, server.log
-            servers[index] = start(checkpoint, "--port", port, "--drain-period", "0.3s")
+            servers[index] = begin("--port", port)
 
     return disturb
 
 
-def survive(start: START, checkpoint: Path, *, streams: int, seed: int) -> dict[str, Outcome]:
-    """Three servers: one is killed, then all are restarted in turn. `start` as the fixture start_server."""
-    servers = [start(checkpoint, "--drain-period", "0.3s") for _ in range(3)]
-    addresses = [server.address for server in servers]
-    outcomes = {"kill": disturbed(Load(addresses, streams, seed), kill_one(servers))}
-    port = addresses[0].rpartition(":")[2]
-    servers[0] = start(checkpoint, "--port", port, "--drain-period", "0.3s")
-    load = Load(addresses, streams, seed + 1)
-    outcomes["rolling restart"] = disturbed(load, rolling_restart(start, servers, checkpoint))
+def survive(
+    start: START, checkpoint: Path, *, streams: int, seed: int, num_servers: int = 3
+) -> dict[str, Outcome]:
+    """Several servers: one is killed, then all are restarted in turn. `start` as the fixture start_server."""
+
+    def begin(*flags: str) -> Server:
+        return start(checkpoint, "--drain-period", "0.3s", *flags)
+
+    servers = [begin() for _ in range(num_servers)]
+    load = Load([server.address for server in servers], streams, seed)
+    outcomes = {"kill": disturbed(load, kill_one(servers))}
+    servers[0] = begin("--port", servers[0].address.rpartition(":")[2])
+    outcomes["rolling restart"] = disturbed(load, rolling_restart(begin, servers))
     return outcomes
 
 

@@ -110,7 +110,8 @@ class ConnectionOptions:
             # A server that was restarted is found again within seconds; gRPC's own 2 minutes are for the
             # internet. So is what a name stands for.
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 5_000),
+            # Sooner than resumption gives up: one of two servers may go when the other has just come back.
+            ("grpc.max_reconnect_backoff_ms", 2_000),
             ("grpc.dns_min_time_between_resolutions_ms", 5_000),
             *(self.tls.arguments() if self.tls is not None else ()),
             *self.channel_arguments,

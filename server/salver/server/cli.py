@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
+from types import FrameType
 
 
 def command(argv: list[str]) -> int:
@@ -12,6 +15,9 @@ def command(argv: list[str]) -> int:
     `argv` are the words after `serve`. Returns the exit status: 0 after a clean end, 1 when
     it could not start, 2 for a bad command line.
     """
+    # The first process of a container has no default for a signal: one that came before the server
+    # handles it would be lost, and the container killed a grace period later.
+    signal.signal(signal.SIGTERM, _end_at_once)
     # Imported here, so that a command line that only lists its subcommands stays fast.
     from salver.server.app import StartError, run
     from salver.server.config import parse_config
@@ -46,3 +52,7 @@ def token(argv: list[str]) -> int:
     print(f"{drawn}\n", flush=True)
     print(f'[[tokens]]\nsha256 = "{sha256(drawn.encode()).hexdigest()}"\ntenant = "{tenant}"')
     return 0
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
