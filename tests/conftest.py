@@ -104,13 +104,15 @@ def _servers(cache_dir: Path) -> Iterator[Callable[..., object]]:
 
     started: list[Server] = []
 
-    def start(model: object, *flags: str, env: dict[str, str] | None = None) -> Server:
+    def start(
+        model: object, *flags: str, env: dict[str, str] | None = None, open_files: int | None = None
+    ) -> Server:
         """`salver serve MODEL FLAGS`, SERVING. Float32 and one thread unless the flags say otherwise."""
         given = list(flags)
         for name, value in (("--dtype", "float32"), ("--threads", "1"), ("--cache-dir", str(cache_dir))):
             if name not in given:
                 given += [name, value]
-        server = Server(str(model), *given, env=env)
+        server = Server(str(model), *given, env=env, open_files=open_files)
         started.append(server)
         return server.wait_serving()
 
