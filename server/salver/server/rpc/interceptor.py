@@ -69,8 +69,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler  # an unknown method: gRPC answers UNIMPLEMENTED
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                self._around_stream(method, handler.stream_stream),
-                request_deserializer=handler.request_deserializer,
+                self._around_stream(method, handler.stream_stream, handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         # As if requests streamed: grpc.aio never answers a call for one request that ends without it.
@@ -92,12 +91,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _around_stream(self, method: str, behavior: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-        async def call(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+    def _around_stream(
+        self, method: str, behavior: Callable[..., Any], deserialize: Callable[[bytes], Any]
+    ) -> Callable[..., Awaitable[Any]]:
+        async def call(payloads: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
             async def forward(requests: Any, context: grpc.aio.ServicerContext) -> None:
                 async for response in behavior(requests, context):
                     await context.write(response)
 
+            requests = (_parsed(lambda: deserialize(payload)) async for payload in payloads)  # noqa: B023
             return await self._run(method, context, lambda: requests, forward)
 
         return call
