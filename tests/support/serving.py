@@ -48,10 +48,14 @@ class Server:
         *flags: str,
         env: dict[str, str] | None = None,
         command: Sequence[str] = (SALVER, "serve"),
+        open_files: int | None = None,
     ) -> None:
+        """`open_files` is the most that each of its processes may have."""
         command = [*command, model, "--port", "0", "--metrics-port", "0", *flags]
         if setpriv := shutil.which("setpriv"):  # nothing outlives tests that are killed
             command = [setpriv, "--pdeathsig", "KILL", *command]
+        if open_files is not None:
+            command = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh", *command]
         # Passive: the tests, the front and other servers share the cores with the worker's threads, and
         # OpenMP's spinning barriers then cost ten times the work.
         environment = {

@@ -7,6 +7,7 @@ the source's digest, the dtype and the converter's version; it appears by one re
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -55,7 +56,13 @@ def resolve_checkpoint(
         return _converted(path, cache_dir, "float32" if dtype == "auto" else dtype, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"no space left on the disk under {cache_dir}") from error
+            raise CheckpointError(
+                f"no space left on the disk under {cache_dir}; free some or choose another cache directory"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES) and Path(str(error.filename)).is_relative_to(cache_dir):
+            raise CheckpointError(
+                f"{error.filename}: cannot write in the cache directory: {error.strerror}; choose another one"
+            ) from error
         raise CheckpointError(f"{path}: {error}") from error
 
 
@@ -83,15 +90,15 @@ def _converted(source: Path, cache_dir: Path, dtype: str, progress: Progress) ->
     key = f"{file_digest(source, cache_dir)[:16]}-{dtype}-v{CONVERTER_VERSION}"
     root = cache_dir / "converted"
     target = root / key
-    if _is_complete(target):
+    if _is_whole(target, cache_dir):
         return target
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f"{key}.lock", progress) as lock:
-        if _is_complete(target):  # by whoever held the lock
+        if _is_whole(target, cache_dir):  # by whoever held the lock
             return target
         _remove_leftovers(root, key)
         if target.exists():
-            progress(f"the converted checkpoint {target} is incomplete; converting again")
+            progress(f"the converted checkpoint {target} is incomplete or damaged; converting again")
             shutil.rmtree(target)
         temporary = Path(tempfile.mkdtemp(dir=root, prefix=f"{key}.tmp-"))
         try:
@@ -120,6 +127,8 @@ def _convert(source: Path, destination: Path, dtype: str, progress: Progress, lo
             pass_fds=(lock,),
         ) as process,
     ):
+        # This may run in a thread that a process does not wait for when it ends.
+        atexit.register(process.kill)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -128,6 +137,8 @@ def _convert(source: Path, destination: Path, dtype: str, progress: Progress, lo
         except BaseException:
             process.kill()
             raise
+        finally:
+            atexit.unregister(process.kill)
         if status == 0:
             return
         errors.seek(0)
@@ -148,11 +159,14 @@ def _manifest(directory: Path) -> dict[str, dict[str, object]]:
         return {}
 
 
-def _is_complete(directory: Path) -> bool:
+def _is_whole(directory: Path, cache_dir: Path) -> bool:
+    """Whether all files of a conversion are as written. One that was changed since is read to know it."""
     files = _manifest(directory)
     try:
         return bool(files) and all(
-            (directory / name).stat().st_size == entry.get("size") for name, entry in files.items()
+            (directory / name).stat().st_size == entry.get("size")
+            and file_digest(directory / name, cache_dir) == entry.get("sha256")
+            for name, entry in files.items()
         )
     except OSError:
         return False

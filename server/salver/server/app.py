@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import threading
 import time
@@ -44,6 +45,7 @@ from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_methods
 
 _log = logging.getLogger("salver.server")
+_OPEN_FILES = 65536
 _T = TypeVar("_T")
 
 
@@ -422,6 +424,15 @@ class Application:
             metrics_server.server_close()
 
 
+def _raise_open_files() -> None:
+    """Each connection is an open file, and the usual soft limit of 1024 is for programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 async def run(config: ServerConfig, make_engine: Callable[..., EngineProcess] = EngineProcess) -> int:
     """Serves as `config` says until a signal ends it. The exit status. Raises StartError."""
+    _raise_open_files()
     return await Application(config, make_engine).run()

@@ -80,7 +80,7 @@ def find_or_build(cache_dir: Path, tell: Callable[[str], None] = lambda line: No
     if PREBUILT.exists():
         return PREBUILT
     path = cache_dir / "kernels" / f"salver_kernels-{source_digest()}.so"
-    if path.exists():
+    if _is_whole(path):
         return path
     compiler = next(filter(None, (os.environ.get("CXX"), *map(shutil.which, COMPILERS))), None)
     if compiler is None:
@@ -90,11 +90,30 @@ def find_or_build(cache_dir: Path, tell: Callable[[str], None] = lambda line: No
         path.parent.mkdir(parents=True, exist_ok=True)
         with (path.parent / "lock").open("w") as lock:  # several servers may start at once
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
+            if not _is_whole(path):
+                if path.exists():
+                    tell(f"the compiled kernel {path} is damaged")
                 compile_to(path, compiler)
+                _digest_file(path).write_text(_digest(path))
     except OSError as error:
         raise KernelUnavailable(f"{path} could not be written: {error}") from error
     return path
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there as it was compiled: half of one could crash whoever loads it."""
+    try:
+        return _digest_file(path).read_text() == _digest(path)
+    except (OSError, ValueError):
+        return False
 
 
 def compile_to(path: Path, compiler: str) -> None:

@@ -1,4 +1,4 @@
-"""grpc.health.v1: Check and Watch, from the engine's state and nothing else (no probe waits in a queue).
+"""grpc.health.v1: Check, List, Watch, from the engine's state and nothing else (no probe waits in a queue).
 
 The servicer is our own: grpcio-health-checking's (1.71) forgets the other watchers of a
 name when one of them leaves, and lets a watcher that does not read hold up every change.
@@ -61,6 +61,12 @@ class HealthService(health_pb2_grpc.HealthServicer):
         if request.service not in self._status:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
         return health_pb2.HealthCheckResponse(status=self._status[request.service])
+
+    async def List(
+        self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthListResponse:
+        statuses = {n: health_pb2.HealthCheckResponse(status=status) for n, status in self._status.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext) -> None:
         last: int | None = None

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -76,14 +76,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler  # an unknown method: gRPC answers UNIMPLEMENTED
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                self._around_stream(method, handler.stream_stream),
-                request_deserializer=handler.request_deserializer,
+                self._around_stream(method, handler.stream_stream, handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
+        # As if requests streamed: grpc.aio never answers a call for one request that ends without it.
         make = (
-            grpc.unary_stream_rpc_method_handler
+            grpc.stream_stream_rpc_method_handler
             if handler.response_streaming
-            else grpc.unary_unary_rpc_method_handler
+            else grpc.stream_unary_rpc_method_handler
         )
         behavior = handler.unary_stream if handler.response_streaming else handler.unary_unary
         wrapped = self._around(method, behavior, handler.request_deserializer)
@@ -92,17 +92,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _around(
         self, method: str, behavior: Callable[..., Any], deserialize: Callable[[bytes], Any]
     ) -> Callable[..., Awaitable[Any]]:
-        async def call(payload: bytes, context: grpc.aio.ServicerContext) -> Any:
-            return await self._run(method, context, lambda: deserialize(payload), behavior)
+        async def call(payloads: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
+            payload = await anext(payloads, None)
+            return await self._run(method, context, lambda: _deserialized(payload, deserialize), behavior)
 
         return call
 
-    def _around_stream(self, method: str, behavior: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-        async def call(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+    def _around_stream(
+        self, method: str, behavior: Callable[..., Any], deserialize: Callable[[bytes], Any]
+    ) -> Callable[..., Awaitable[Any]]:
+        async def call(payloads: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
             async def forward(requests: Any, context: grpc.aio.ServicerContext) -> None:
                 async for response in behavior(requests, context):
                     await context.write(response)
 
+            requests = (_parsed(lambda: deserialize(payload)) async for payload in payloads)  # noqa: B023
             return await self._run(method, context, lambda: requests, forward)
 
         return call
@@ -141,7 +145,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         _log, logging.ERROR, "request failed",
                         method=method, request_id=request_id, reason=str(error),
                     )  # fmt: skip
-            except (grpc.aio.AbortError, asyncio.CancelledError):
+            except (grpc.aio.AbortError, grpc.aio.InternalError, asyncio.CancelledError):
                 raise
             except Exception as error:
                 failure = internal(request_id)
@@ -157,12 +161,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )  # fmt: skip
             code = failure.code
             await context.abort(code, failure.message, trailing_metadata(failure, request_id))
-        except asyncio.CancelledError:
-            # The client is gone, or its deadline has passed: gRPC cancels the call for both.
+        except (asyncio.CancelledError, grpc.aio.InternalError) as error:
+            # The client is gone, or its deadline has passed: gRPC cancels the call for both. What is
+            # written just before fails.
             remaining = context.time_remaining()
             expired = remaining is not None and remaining <= 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
-            raise
+            raise asyncio.CancelledError from error
         except grpc.aio.AbortError:
             if code is grpc.StatusCode.OK:
                 code = _code_of(context)
@@ -173,6 +178,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not self._running:
                     self._idle.set()
             self._metrics.rpc_handled(method, code.name, time.monotonic() - started)
+
+
+def _deserialized(payload: bytes | None, deserialize: Callable[[bytes], Any]) -> Any:
+    if payload is None:
+        raise invalid_argument([Violation("", "the call ended before its message was complete")])
+    return deserialize(payload)
 
 
 def _parsed(parse: Callable[[], Any]) -> Any:

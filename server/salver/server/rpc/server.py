@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Iterator, Sequence
 
@@ -45,6 +46,9 @@ STATUS_CODES = tuple(code.name for code in grpc.StatusCode)
 _FLUSH_SECONDS = 0.5
 # Keeps connections through proxies that drop idle ones, and finds clients that are gone without a word.
 _KEEPALIVE_SECONDS = 30
+_HANDSHAKE_SECONDS = 10
+_MAX_METADATA = 16 * 1024
+_OWN_FILES = 256  # open files that are not for clients' connections
 
 
 class PortInUse(Exception):
@@ -88,7 +92,12 @@ class RpcServer:
         self._credentials = server_credentials(config, metrics.reloaded)
         tenants = None if config.tokens is None else Tenants(config.tokens, metrics.reloaded)
         self._calls = CallInterceptor(metrics, front.gate, Tenancy(tenants, metrics.rejected).enter)
-        self._server = grpc.aio.server(interceptors=(self._calls,), options=_options(config))
+        self._server = grpc.aio.server(
+            interceptors=(self._calls,),
+            options=_options(config),
+            # A call costs about 30 KB of the front, also one whose message never comes.
+            maximum_concurrent_rpcs=4 * _streams(config),
+        )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(front, admission, metrics, self._prompts, self._grammars), self._server
         )
@@ -166,11 +175,41 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         # Clients may ping as often, also while no call runs.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        *_abuse_options(config),
     ]
     if config.max_connection_age:
         # No grace: a stream may be longer than any.
         options.append(("grpc.max_connection_age_ms", round(config.max_connection_age * 1000)))
     return options
+
+
+def _streams(config: ServerConfig) -> int:
+    """Most calls of one connection. Above what the queue takes: a client gets our RESOURCE_EXHAUSTED
+    rather than waits in its own channel.
+    """
+    return max(1024, 2 * config.max_queued_requests)
+
+
+def _abuse_options(config: ServerConfig) -> Iterator[tuple[str, int]]:
+    """Against what no honest client does. tests/faults/test_wire.py shows what each is good for."""
+    streams = _streams(config)
+    # Streams that were reset count until they are freed: rapid resets are refused from there on.
+    yield "grpc.max_concurrent_streams", streams
+    # Calls that have come and that our loop has not taken yet, about 8 KB each. Above the first
+    # number gRPC ends some at random, above the second all, CANCELLED, whosever they are: its own
+    # numbers (1000 and 3000) let the resets of one connection end its neighbours' calls.
+    yield "grpc.server.max_pending_requests", 4 * streams
+    yield "grpc.server.max_pending_requests_hard_limit", 8 * streams
+    # Between gRPC's own two numbers (8 and 16 KiB) calls are refused at random.
+    yield "grpc.max_metadata_size", _MAX_METADATA
+    yield "grpc.absolute_max_metadata_size", _MAX_METADATA
+    # Connections that say nothing; gRPC would wait for a minute or two.
+    yield "grpc.server_handshake_timeout_ms", _HANDSHAKE_SECONDS * 1000
+    yield "grpc.http2.settings_timeout", _HANDSHAKE_SECONDS * 1000
+    # Connections beyond are closed at once: a worker can be started anew and metrics be read all the same.
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY:
+        yield "grpc.max_allowed_incoming_connections", max(files - _OWN_FILES, files // 2)
 
 
 def _why_not(host: str, port: int, flag: str) -> str:
