@@ -25,6 +25,10 @@ from salver.model.spec import (
 )
 
 TOLERANCE = 1e-3
+HALF = (
+    "Gemma2 plain", "Gemma3 scaled", "Bloom six", "Mpt tuned", "GptOss plain", "DeepseekV3 plain",
+    "Olmoe clip", "OPT post", "XGLM plain",
+)  # fmt: skip
 LENGTHS = (5, 61)  # the second is beyond every window and every original context here
 
 
@@ -43,6 +47,19 @@ def test_what_transformers_computes(name: str, tmp_path: Path, monkeypatch: pyte
             assert float((stack.logits(prompt, chunk) - expected).abs().max()) < TOLERANCE
     tokens_are_the_same(reference, stack)
     every_knob_shows(stack, tmp_path, prompt, expected, monkeypatch)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_half_precision(name: str, numerics: str, tmp_path: Path) -> None:
+    """As near to the float32 truth as transformers in bfloat16."""
+    reference = write(tmp_path, VARIANTS[name])
+    (prompt,) = random_prompts(VOCAB, [61])
+    truth = logits(reference, prompt)
+    theirs = (logits(reference.to(torch.bfloat16), prompt).float() - truth).abs().mean()
+    stack = Stack(tmp_path, dtype=torch.bfloat16, numerics=numerics)
+    for chunk in (None, 9, 1):
+        assert (stack.logits(prompt, chunk) - truth).abs().mean() < 1.5 * theirs
 
 
 @torch.inference_mode()

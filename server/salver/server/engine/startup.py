@@ -67,6 +67,7 @@ def start_engine(
     timer.done("pack weights" if native else "choose kernels")
     # The kernel's rows don't know one another; torch's may.
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
+    model.pad_experts(multiple)
     timer.done("probe numerics")
     runner = ModelRunner(decoder, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump)
     speed, tokens_for_one = _speed(runner, max_model_len)
