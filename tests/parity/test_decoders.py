@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
@@ -14,6 +15,7 @@ from support.decoders import VARIANTS, VOCAB, write
 from support.stack import Stack, random_prompts
 
 from salver.model import loader
+from salver.model.config_reader import read_spec
 from salver.model.errors import CheckpointError
 from salver.model.families import FAMILIES
 from salver.model.spec import (
@@ -25,6 +27,10 @@ from salver.model.spec import (
 )
 
 TOLERANCE = 1e-3
+HALF = (
+    "Gemma2 plain", "Gemma3 scaled", "Bloom six", "Mpt tuned", "GptOss plain", "DeepseekV3 plain",
+    "Olmoe clip", "OPT post", "XGLM plain",
+)  # fmt: skip
 LENGTHS = (5, 61)  # the second is beyond every window and every original context here
 
 
@@ -43,6 +49,19 @@ def test_what_transformers_computes(name: str, tmp_path: Path, monkeypatch: pyte
             assert float((stack.logits(prompt, chunk) - expected).abs().max()) < TOLERANCE
     tokens_are_the_same(reference, stack)
     every_knob_shows(stack, tmp_path, prompt, expected, monkeypatch)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_half_precision(name: str, numerics: str, tmp_path: Path) -> None:
+    """As near to the float32 truth as transformers in bfloat16."""
+    reference = write(tmp_path, VARIANTS[name])
+    (prompt,) = random_prompts(VOCAB, [61])
+    truth = logits(reference, prompt)
+    theirs = (logits(reference.to(torch.bfloat16), prompt).float() - truth).abs().mean()
+    stack = Stack(tmp_path, dtype=torch.bfloat16, numerics=numerics)
+    for chunk in (None, 9, 1):
+        assert (stack.logits(prompt, chunk) - truth).abs().mean() < 1.5 * theirs
 
 
 @torch.inference_mode()
@@ -149,6 +168,37 @@ def other_positions(positions: Any, head_dim: int) -> Iterator[Any]:
             yield replace(positions, attention_factor=1.0)
         if positions.scaling == "longrope":
             yield replace(positions, long_factors=positions.short_factors)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_config_of_transformers_4_says_the_same(name: str, tmp_path: Path) -> None:
+    """`rope_parameters` came with 5; before, its parts stood in the config and in `rope_scaling`."""
+    config = VARIANTS[name].config_of()
+    config.architectures = [VARIANTS[name].model]
+    config.save_pretrained(tmp_path)
+    spec = read_spec(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(as_before(json.loads(path.read_text()))))
+    assert read_spec(tmp_path) == spec
+
+
+def as_before(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as transformers 4 wrote it."""
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    rope = config.pop("rope_parameters", None)
+    if rope is None:
+        return config
+    if "sliding_attention" in rope:  # Gemma 3
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    neox = config["model_type"] == "gpt_neox"
+    config["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+    partial = rope.pop("partial_rotary_factor", None)
+    if partial is not None:
+        config["rotary_pct" if neox else "partial_rotary_factor"] = partial
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    return config
 
 
 def test_every_family_is_here() -> None:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support import decoders, exactness
 from support.exactness import NATIVE_MODES, Ways
+from support.stack import random_prompts
 
 from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
@@ -20,9 +22,15 @@ from salver.server.engine.request import EngineRequest, SamplingParams, Stopping
 MIXES = 200
 # Whose answers could depend on company in ways of their own: growing ropes, windows, experts, ALiBi, sinks.
 DECODERS = (
-    "Llama dynamic", "Llama longrope", "Gemma2 plain", "Qwen2Moe mixed", "DeepseekV3 plain", "GptOss plain",
+    "Llama dynamic",
+    "Llama longrope",
+    "Phi3 longrope",
+    "Gemma2 plain",
+    "Qwen2Moe mixed",
+    "DeepseekV3 plain",
+    "GptOss plain",
     "Bloom six",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +99,41 @@ def test_prompts_share_what_has_the_same_positions(
         answer = exactness.Answer()
         run(together, request, answer)
         assert (answer.tokens, answer.cached) == (expected.tokens, cached)
+
+
+@pytest.mark.parametrize("name", ["Phi3 longrope", "Llama longrope", "Llama dynamic"])
+def test_growing_beyond_the_original_context(name: str, tmp_path: Path, one_thread: None) -> None:
+    """As transformers generates: Phi-3 computes everything again at that point, others go on."""
+    reference = decoders.write(tmp_path, decoders.VARIANTS[name])
+    runner = exactness.runner_of(tmp_path, "float32", None)
+    limits = replace(exactness.ROOMY, rope_context=runner.model.spec.rope_context)
+    (prompt,) = random_prompts(decoders.VOCAB, [20], seed=3)
+    ids = torch.tensor([prompt])
+    whole = reference.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    expected = whole[0, 20:].tolist()
+    assert len(set(expected)) > 3
+    request = EngineRequest(
+        request_id=1,
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(temperature=0.0),
+        stopping=StoppingParams(16),
+        sample_indices=(0,),
+        outputs=((),),
+    )
+    for begun in (0, 3, 9):  # resumed with so many tokens
+        answer = exactness.Answer()
+        resumed = replace(request, outputs=(tuple(expected[:begun]),))
+        run(InlineEngine(runner, limits, clock=itertools.count().__next__), resumed, answer)
+        assert answer.tokens[0] == expected[begun:]
+        crossed_again = runner.model.spec.rope_context[1] == "again" and begun < 5
+        assert answer.preemptions == crossed_again
 
 
 def run(engine: InlineEngine, request: EngineRequest, answer: exactness.Answer) -> None:

@@ -88,15 +88,21 @@ class Variant:
     config: dict[str, Any]
     attention: str = "eager"  # which of transformers' implementations is right
 
-    def build(self) -> Any:
+    def config_of(self) -> Any:
+        """transformers' config."""
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        model_class = getattr(transformers, self.model)
-        config = model_class.config_class(**copy.deepcopy(self.config))
+        return getattr(transformers, self.model).config_class(**copy.deepcopy(self.config))
+
+    def build(self) -> Any:
+        """transformers' model with random weights."""
+        import transformers
+
+        config = self.config_of()
         config._attn_implementation = self.attention
         torch.manual_seed(0)
-        model = model_class(config).eval()
+        model = getattr(transformers, self.model)(config).eval()
         randomize(model)
         return model
 

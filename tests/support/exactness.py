@@ -50,7 +50,9 @@ def runner_of(checkpoint: Path, mode: str, library: Library | None) -> ModelRunn
     cache = KVCache(model.spec, BLOCKS, BLOCK_SIZE, dtype=dtype, device=CPU)
     if library is None:
         assert mode == "float32"
-        return ModelRunner(model, cache, block_size=BLOCK_SIZE, row_multiple=row_multiple(model))
+        multiple = row_multiple(model)
+        model.pad_experts(multiple)
+        return ModelRunner(model, cache, block_size=BLOCK_SIZE, row_multiple=multiple)
     native = NativeTransformer(model, cache, library, precision=Precision[mode.upper()], threads=2)
     return ModelRunner(native, cache, block_size=BLOCK_SIZE, row_multiple=1)
 

@@ -340,3 +340,24 @@ def test_longrope_of_phi3(tmp_path: Path) -> None:
 def test_refused(name: str, changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=named):
         read(tmp_path, {**PUBLISHED[name], **changes})
+
+
+# What the native kernel computes; the others say what they need that it lacks.
+NATIVE = {"Qwen2-0.5B"}
+LACKING = {
+    "gpt-j-6b": "parallel", "Mistral-7B-v0.1": "windows", "bloom-560m": "embedding_norm",
+    "Qwen3-0.6B": "head_norm", "Mixtral-8x7B-v0.1": "experts", "granite-3.0-2b": "embedding_multiplier",
+    "OLMo-1B": "weight=False", "mpt-7b": "bias=False", "Phi-3-mini-128k": "longrope",
+    "starcoder2-3b": "windows", "DeepSeek-V3 in bfloat16": "experts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(NATIVE | LACKING.keys()))
+def test_what_the_native_kernel_lacks(name: str, tmp_path: Path) -> None:
+    from salver.model.kernels.program import unsupported
+
+    reason = unsupported(read(tmp_path, PUBLISHED[name]))
+    if name in NATIVE:
+        assert reason is None
+    else:
+        assert reason is not None and reason.startswith("it does not do") and LACKING[name] in reason

@@ -13,7 +13,7 @@ from .layers import Linear, Weights
 from .spec import ExpertsSpec, ModelSpec
 
 # An expert's tokens are padded to a multiple of so many, like the batch (see `numerics.row_multiple`), so
-# that a token's numbers don't depend on who else chose the expert. Its weights are read once either way.
+# that a token's numbers don't depend on who else chose the expert; until it is known how many it takes.
 ROWS = 16
 
 Inner = Callable[[Tensor], Tensor]  # [n, columns of `up`] to [n, intermediate_size]
@@ -31,6 +31,7 @@ class Experts(nn.Module):
         hidden, size = spec.hidden_size, experts.intermediate_size
         width = 2 * size if spec.gated else size
         self.spec = experts
+        self.row_multiple = ROWS
         self.inner = inner
         self.router = Linear(experts.count, hidden, bias=experts.bias)
         self.correction = Weights(experts.count) if experts.correction else None
@@ -66,7 +67,7 @@ class Experts(nn.Module):
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         count = x.shape[0]
-        x = F.pad(x, (0, 0, 0, -count % ROWS))
+        x = F.pad(x, (0, 0, 0, -count % self.row_multiple))
         up_bias = None if self.up.bias is None else self.up.bias[expert]
         down_bias = None if self.down.bias is None else self.down.bias[expert]
         inner = self.inner(F.linear(x, self.up.weight[expert], up_bias))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Linear, Weights
+from .experts import Experts
+from .layers import Linear
 from .precision import default_dtype_name
 from .transformer import Transformer
 
@@ -29,7 +30,10 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def row_multiple(model: Transformer) -> int:
     """`row_multiple_of` the model's linear maps."""
-    products: list[Weights] = [module for module in model.modules() if isinstance(module, Linear)]
+    products: list[nn.Module] = [module for module in model.modules() if isinstance(module, Linear)]
+    for module in model.modules():
+        if isinstance(module, Experts):
+            products += [module.up, module.down]
     return row_multiple_of(products if model.head is not None else (*products, model.embed))
 
 
@@ -44,6 +48,8 @@ def row_multiple_of(modules: Iterable[nn.Module]) -> int:
     shapes: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
     for module in modules:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, Tensor) and weight.dim() == 3:  # of experts, all of one shape
+            weight, bias = weight[0], None if bias is None else bias[0]
         if isinstance(weight, Tensor) and weight.dim() == 2:
             shapes.setdefault((*weight.shape, bias is not None), (weight, bias))
     found = 0

@@ -227,6 +227,7 @@ class RopePositions:
         rotary_dim: the first so many values of a head rotate; 0 for all.
         attention_factor: cosines and sines are multiplied by it (yarn, longrope).
         beta_fast, beta_slow, truncate: of yarn, where its ramp lies, and whether on whole dimensions.
+        recomputed: of longrope: a sequence that grows beyond the original context is computed again.
     """
 
     theta: float
@@ -242,6 +243,7 @@ class RopePositions:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    recomputed: bool = False
 
     @property
     def grows(self) -> bool:
@@ -398,13 +400,21 @@ class ModelSpec:
         return self.positions if isinstance(self.positions, RopePositions) else None
 
     @property
-    def rope_context(self) -> tuple[int, bool]:
-        """For ropes that grow: up to which length they don't, and whether each length beyond differs."""
-        growing = [
+    def rope_context(self) -> tuple[int, str]:
+        """For ropes that grow: up to which length of a prompt they don't, and what is beyond.
+
+        "each": every length has angles of its own; "long": all have the same; "again": they do, and a
+        sequence that grows beyond is computed again with them. (0, "") where no rope grows.
+        """
+        kinds = [
             rope for rope in (*self.ropes, self.positions) if isinstance(rope, RopePositions) and rope.grows
         ]
-        lengths = {rope.original_max_position_embeddings for rope in growing}
-        return min(lengths, default=0), any(rope.scaling == "dynamic" for rope in growing)
+        if not kinds:
+            return 0, ""
+        original = min(rope.original_max_position_embeddings for rope in kinds)
+        if any(rope.scaling == "dynamic" for rope in kinds):
+            return original, "each"
+        return original, "again" if any(rope.recomputed for rope in kinds) else "long"
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Cache bytes of one token: a key and a value in every layer."""

@@ -281,6 +281,12 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
+    def pad_experts(self, row_multiple: int) -> None:
+        """An expert's rows are padded to a multiple of this, as those of the step are."""
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.row_multiple = row_multiple
+
     def num_parameters(self) -> int:
         """Weights; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())

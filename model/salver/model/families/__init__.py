@@ -38,7 +38,7 @@ def family(*architectures: str) -> Callable[[Family], Family]:
 def supported() -> list[tuple[str, str]]:
     """(name in `architectures`, what its module says of the family) of all that can be served."""
     found = []
-    for architecture, function in sorted(FAMILIES.items()):
+    for architecture, function in sorted({**FAMILIES, **ENCODER_FAMILIES}.items()):
         described = sys.modules[function.__module__].__doc__ or ""
         found.append((architecture, " ".join(described.split("\n\n")[0].split())))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..config_reader import ConfigReader
@@ -53,15 +54,16 @@ def llama_spec(
     partial: float | None = None,
     ignored: tuple[str, ...] = (),
     renamed_scalings: Mapping[str, str] | None = None,
+    recomputed: bool = False,
     windows: Callable[[int, int], tuple[int | None, ...]] | None = None,
     ropes: Callable[[RopePositions, int], tuple[RopePositions | None, ...]] | None = None,
     **differences: Any,
 ) -> ModelSpec:
     """The common shape: RMSNorm, rotary positions, grouped queries, gated MLP, no biases.
 
-    `tied`, `theta`, `partial` are what holds if the config does not say. `windows` and `ropes` give what
-    differs between layers, of (layers, context) and (the rotary positions read, layers). `differences` are
-    fields of ModelSpec.
+    `tied`, `theta`, `partial` are what holds if the config does not say; `recomputed` is as in
+    RopePositions. `windows` and `ropes` give what differs between layers, of (layers, context) and (the
+    rotary positions read, layers). `differences` are fields of ModelSpec.
     """
     hidden_size, num_heads = c.size("hidden_size"), c.size("num_attention_heads")
     num_layers = c.size("num_hidden_layers")
@@ -76,6 +78,8 @@ def llama_spec(
         "positions",
         lambda: rope_positions(c, head_dim, theta=theta, partial=partial, renamed=renamed_scalings),
     )
+    if positions.scaling == "longrope":
+        positions = replace(positions, recomputed=recomputed)
     context = grown_context(c.size("max_position_embeddings"), (positions,))
     biases = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
     spec = ModelSpec(

@@ -64,4 +64,5 @@ def phi3(c: ConfigReader) -> ModelSpec:
         # What the first releases called longrope.
         renamed_scalings={"su": "longrope", "yarn": "longrope"},
         windows=everywhere(c.size_or_null("sliding_window", None)),
+        recomputed=True,
     )

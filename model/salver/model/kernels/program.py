@@ -298,7 +298,9 @@ def unsupported(spec: ModelSpec) -> str | None:
     """What of the architecture the kernel does not do; None: it does all of it."""
     for name in spec.differences():
         if name not in KNOWN_DIFFERENCES:
-            return f"it does not do {name} = {getattr(spec, name)!r:.80}"
+            value = getattr(spec, name)
+            shown = f" = {value!r}" if isinstance(value, str | int | float) else ""
+            return f"it does not do {name}{shown}"
     norm, positions = spec.norm, spec.positions
     if not norm.weight or norm.offset or norm.has_bias != (norm.kind == "layer"):
         return f"it does not do {norm}"

@@ -72,7 +72,7 @@ class EngineLimits:
     max_num_batched_tokens: int
     tokens_for_one: int = 0  # that a step computes in about the time of one; see `scheduler`
     priority_interval: float = 1.0
-    rope_context: tuple[int, bool] = (0, False)  # as in ModelSpec
+    rope_context: tuple[int, str] = (0, "")  # as in ModelSpec
     enable_prefix_caching: bool = True
     check_integrity: bool = False
 

@@ -58,7 +58,7 @@ class ModelRunner:
         if schedule.copies:
             self.cache.copy_blocks(schedule.copies)
         parts = [
-            Part(item.token_ids, item.start, item.sequence.block_table, item.sequence.num_prompt_tokens)
+            Part(item.token_ids, item.start, item.sequence.block_table, item.sequence.position_length)
             for item in schedule.scheduled
         ]
         batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)

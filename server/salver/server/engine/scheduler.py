@@ -87,7 +87,7 @@ class Scheduler:
         tokens_for_one: int = 0,
         priority_interval: float = 1.0,
         speculation: Speculation | None = None,
-        rope_context: tuple[int, bool] = (0, False),
+        rope_context: tuple[int, str] = (0, ""),
     ) -> None:
         """`tokens_for_one` is how many tokens a step computes in about the time of one; 0: prompts
         have the whole budget also while others decode. `rope_context` is as in
@@ -123,6 +123,9 @@ class Scheduler:
             Sequence(request, index, output, self._key(request, index), positions)
             for index, output in zip(request.sample_indices, request.outputs, strict=True)
         ]
+        for sequence in samples:
+            if self._outgrew(sequence):
+                sequence.outgrow()
         self._sequences[request.request_id] = {s.sample_index: s for s in samples}
         for sequence in samples:
             if request.deadline != NO_DEADLINE:
@@ -182,6 +185,7 @@ class Scheduler:
     def schedule(self, now: float) -> Schedule:
         """Chooses the next step. Allocates its blocks, preempting from the worst end when short."""
         schedule = Schedule()
+        self._renew_positions()
         budget, preempted = self._schedule_running(schedule)
         if not preempted:
             self._schedule_waiting(schedule, budget, now)
@@ -224,10 +228,25 @@ class Scheduler:
 
     def _positions(self, num_prompt_tokens: int) -> str:
         """Names how positions are made for a prompt so long: requests share blocks only under one name."""
-        original, by_length = self.rope_context
+        original, beyond = self.rope_context
         if num_prompt_tokens <= original or not original:
             return ""
-        return str(num_prompt_tokens) if by_length else "long"
+        return str(num_prompt_tokens) if beyond == "each" else "long"
+
+    def _outgrew(self, sequence: Sequence) -> bool:
+        """Whether it is longer now than its positions were made for, so that it is computed again."""
+        return self._room_to_grow(sequence) < 0
+
+    def _room_to_grow(self, sequence: Sequence) -> int:
+        original, beyond = self.rope_context
+        if beyond != "again" or sequence.positions:
+            return sequence.request.stopping.max_tokens
+        return original - sequence.num_tokens
+
+    def _renew_positions(self) -> None:
+        for sequence in [s for s in self.running if self._outgrew(s)]:
+            sequence.outgrow()
+            self._preempt(sequence)
 
     def _key(self, request: EngineRequest, sample_index: int) -> OrderKey:
         return order_key(request, sample_index, self.priority_interval)
@@ -334,7 +353,8 @@ class Scheduler:
             return
         # A step gives one token more than its accepted drafts.
         rooms = [
-            (s, s.request.stopping.max_tokens - s.num_output_tokens - 1) for s in (i.sequence for i in items)
+            (s, min(s.request.stopping.max_tokens - s.num_output_tokens - 1, self._room_to_grow(s)))
+            for s in (i.sequence for i in items)
         ]
         for item, draft in zip(items, speculation.drafts(rooms, num_rows, budget), strict=True):
             table = item.sequence.block_table

@@ -56,6 +56,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_registered_blocks",
         "partial",
+        "position_length",
         "positions",
         "preemptions",
         "request",
@@ -80,6 +81,7 @@ class Sequence:
         self.positions = positions
         self.token_ids = [*request.prompt_token_ids, *output]
         self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.position_length = self.num_prompt_tokens  # the length that its positions are made for
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
@@ -126,6 +128,11 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
+
+    def outgrow(self) -> None:
+        """From now on its positions are those of a prompt as long as it is."""
+        self.position_length, self.positions = self.num_tokens, "long"
+        self._digests.clear()
 
     def _root_digest(self) -> bytes:
         salt = self.request.cache_salt

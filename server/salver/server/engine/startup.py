@@ -68,6 +68,7 @@ def start_engine(
     timer.done("pack weights" if native else "choose kernels")
     # The kernel's rows don't know one another; torch's may.
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
+    model.pad_experts(multiple)
     timer.done("probe numerics")
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
     runner = ModelRunner(
