@@ -84,6 +84,7 @@ class EngineRequest:
     deadline: float = NO_DEADLINE
     arrival: float = 0.0
     cache_salt: str = ""
+    adapter: str = ""  # the name of the LoRA adapter that is asked; empty: the model itself
     grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
 
 

@@ -106,7 +106,11 @@ class Sequence:
         count = num_tokens // block_size
         while len(self._digests) < count:
             start = len(self._digests) * block_size
-            parent = self._digests[-1] if self._digests else root_digest(self.request.cache_salt)
+            parent = (
+                self._digests[-1]
+                if self._digests
+                else root_digest(self.request.cache_salt, self.request.adapter)
+            )
             self._digests.append(block_digest(parent, self.token_ids[start : start + block_size]))
         return self._digests[:count]
 
