@@ -370,7 +370,7 @@ def test_calls_of_tools_are_read_from_the_answer_and_streamed() -> None:
 
             text, reasoning, content, calls = await streamed(asked)
             assert (text, reasoning, content) == (whole.text, whole.reasoning, whole.content)
-            assert calls[0].name == "add" and calls[0].id == call.id and len(calls) > 3
+            assert calls[0].name == "add" and calls[0].id == call.id
             assert "".join(c.arguments for c in calls) == call.arguments
             for cut in range(1, len(whole.token_ids) - 1, 3):
                 asked.resume.Clear()

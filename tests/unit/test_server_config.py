@@ -40,6 +40,14 @@ def test_every_flag_is_in_the_help_with_its_variable(capsys: pytest.CaptureFixtu
         assert f"[{environment_variable_of(field.name)}]" in text
 
 
+def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_config(["m", "--adapter", "a=/x, b=y=z"], {}).adapter == (("a", "/x"), ("b", "y=z"))
+    for text in ("a", "=x", "a=", "a=x,a=y", ""):
+        assert "--adapter" in refused(capsys, "m", "--adapter", text)
+    for flags in (["--kernels", "native"], ["--quantization", "int8"]):
+        assert "--adapter" in refused(capsys, "m", "--adapter", "a=x", *flags)
+
+
 def test_every_flag_changes_its_field() -> None:
     """A flag that does nothing would be a lie in the help."""
     words = {
@@ -50,6 +58,7 @@ def test_every_flag_changes_its_field() -> None:
         "max_num_batched_tokens": "5", "kv_cache_memory": "6", "max_samples": "2", "max_queued_requests": "8",
         "max_queued_tokens": "9", "drain_period": "500ms", "log_level": "debug",
         "speculation": "ngram", "speculative_model": "/d", "num_draft_tokens": "3",
+        "adapter": "a=/x,b=/y",
     }  # fmt: skip
     default = parse_config(["m"], {})
     for field in dataclasses.fields(ServerConfig):

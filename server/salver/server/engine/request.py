@@ -164,6 +164,7 @@ class Ready:
     max_num_batched_tokens: int
     phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
     quantization: str = "none"  # of the weights: none | int8
+    adapters: tuple[tuple[str, str], ...] = ()  # names and digests
 
 
 @dataclass(frozen=True, slots=True)
