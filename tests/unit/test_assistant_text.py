@@ -74,6 +74,13 @@ def test_calls_and_content(case: int, data: st.DataObject) -> None:
     assert read(list(thought), tools, reasoning=True)[:2] == (content, "\nHm <b> </thin\n")
 
 
+def test_a_call_is_told_as_it_is_written() -> None:
+    text = AssistantText(ToolFormat.HERMES, reasoning=False)
+    told = [delta for character in HERMES for delta in text.add(character).calls]
+    assert told[0].name == "weather"
+    assert [delta.arguments for delta in told[1:]] == list(ARGUMENTS)
+
+
 @pytest.mark.parametrize(
     ("text", "inside", "expected"),
     [

@@ -41,6 +41,14 @@ def test_every_flag_is_in_the_help_with_its_variable(capsys: pytest.CaptureFixtu
         assert f"[{environment_variable_of(field.name)}]" in text
 
 
+def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_config(["m", "--adapter", "a=/x, b=y=z"], {}).adapter == (("a", "/x"), ("b", "y=z"))
+    for text in ("a", "=x", "a=", "a=x,a=y", ""):
+        assert "--adapter" in refused(capsys, "m", "--adapter", text)
+    for flags in (["--kernels", "native"], ["--quantization", "int8"]):
+        assert "--adapter" in refused(capsys, "m", "--adapter", "a=x", *flags)
+
+
 def test_every_flag_changes_its_field(tmp_path: Path) -> None:
     """A flag that does nothing would be a lie in the help."""
     words = {
@@ -53,6 +61,7 @@ def test_every_flag_changes_its_field(tmp_path: Path) -> None:
         "tls_cert": "/cert", "tls_key": "/key", "tls_client_ca": "/ca", "tokens": "/tokens",
         "health_port": "6",
         "speculation": "ngram", "speculative_model": "/d", "num_draft_tokens": "3",
+        "adapter": "a=/x,b=/y",
     }  # fmt: skip
     pair = {"tls_cert": "/cert", "tls_key": "/key"}  # one is refused without the other
     default = parse_config(["m"], {})

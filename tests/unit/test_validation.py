@@ -17,9 +17,9 @@ from salver.server.rpc.validation import (
     Violations,
     check_generation,
     check_messages,
-    check_model,
     check_prompt,
     check_score_length,
+    model_named,
     room,
     room_for,
     stopping_of,
@@ -222,11 +222,20 @@ def test_other_numerics() -> None:
 
 
 def test_unknown_model() -> None:
-    check_model("", MODEL)
-    check_model("m", MODEL)
+    assert model_named("", MODEL) is model_named("m", MODEL) is MODEL
     with pytest.raises(ApiError) as refusal:
-        check_model("x" * 1000, MODEL)
+        model_named("x" * 1000, MODEL)
     assert refusal.value.code is grpc.StatusCode.NOT_FOUND and "'m'" in refusal.value.message
+
+
+def test_an_adapter_has_numerics_of_its_own() -> None:
+    model = replace(MODEL, ready=replace(READY, adapters=(("polite", "abc" * 20),)))
+    found = model_named("polite", model)
+    assert (found.name, found.adapter, found.weights_digest) == ("polite", "polite", "abc" * 20)
+    assert found.ready.numerics_id == "ours+" + ("abc" * 20)[:16]
+    assert model_named("m", model).adapter == ""
+    with pytest.raises(ApiError, match="'m', 'polite' is"):
+        model_named("rude", model)
 
 
 def test_room() -> None:

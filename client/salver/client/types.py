@@ -224,7 +224,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is served."""
+    """What is served. `base` is set for an adapter: the model that it belongs to."""
 
     name: str
     architecture: str
@@ -237,6 +237,7 @@ class Model:
     bos_token_id: int | None
     weights_digest: str
     quantization: str
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)

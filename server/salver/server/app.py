@@ -134,6 +134,12 @@ class _Loaded:
     checkpoint: Path
 
 
+def check_adapter_names(config: ServerConfig, name: str) -> None:
+    """Raises StartError for an adapter that has the model's own name."""
+    if name in dict(config.adapter):
+        raise StartError(f"--adapter {name}: that is the name of the model (--served-name)")
+
+
 def served_name(config: ServerConfig) -> str:
     """--served-name, or the catalog name, or the last component of the path (without `.gguf`)."""
     if config.served_name is not None:
@@ -192,6 +198,8 @@ def find_kernel(config: ServerConfig) -> tuple[str, str]:
     """The native kernel's path, compiled if need be; or nothing, and why. Raises StartError."""
     if config.kernels == "torch" or config.device == "cuda":
         return "", ""
+    if config.adapter:
+        return "", "it has no adapters"
     if config.kernels == "auto" and config.device == "auto" and Path("/dev/nvidiactl").exists():
         return "", "this machine has a GPU"
     try:
@@ -226,6 +234,7 @@ class Application:
         self.config = config
         self._make_engine = make_engine
         self.name = served_name(config)
+        check_adapter_names(config, self.name)
         self.phases = StartupPhases()
         self.metrics = Metrics(
             self.name,

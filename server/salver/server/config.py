@@ -36,6 +36,18 @@ def _message_size(text: str) -> int:
     return size
 
 
+def _adapters(text: str) -> tuple[tuple[str, str], ...]:
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, sign, directory = part.strip().partition("=")
+        if not (name and sign and directory):
+            raise configargparse.ArgumentTypeError(f"{part!r}: NAME=DIR was expected")
+        if name in found:
+            raise configargparse.ArgumentTypeError(f"the name {name!r} is there twice")
+        found[name] = directory
+    return tuple(found.items())
+
+
 def _name(text: str) -> str:
     if not text.strip() or len(text) > 256 or not text.isprintable():
         raise configargparse.ArgumentTypeError("must be 1 to 256 printable characters")
@@ -62,6 +74,10 @@ class ServerConfig(SecurityConfig):
     cache_dir: Path | None = _flag(  # noqa: RUF009 - it makes a field, which is immutable
         None, "Model", "where downloaded and converted checkpoints are kept", parse=Path, metavar="DIR",
         shown="$XDG_CACHE_HOME/salver or ~/.cache/salver",
+    )  # fmt: skip
+    adapter: tuple[tuple[str, str], ...] = _flag(
+        (), "Model", "LoRA adapters (PEFT directories) beside the model, NAME=DIR with commas between them; "
+        "requests ask one by its name", parse=_adapters, metavar="NAME=DIR", shown="none",
     )  # fmt: skip
     offline: bool = _flag(False, "Model", "download nothing; fail when the model is not in the cache")
 
@@ -212,6 +228,7 @@ class ServerConfig(SecurityConfig):
             speculation=self.resolved_speculation,
             num_draft_tokens=self.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
             speculative_model=str(speculative_checkpoint or ""),
+            adapters=self.adapter,
         )
 
 
@@ -295,10 +312,19 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) 
     config = ServerConfig(**values)
     _check_speculation(config, parser)
     check_security(config, parser)
+    _check_adapters(config, parser)
     same_host = config.resolved_metrics_host == config.host
     if config.port and config.metrics_port == config.port and same_host:
         parser.error(f"argument --metrics-port: {config.port} is the gRPC port (--port) already")
     return config
+
+
+def _check_adapters(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:
+    """Adapters are computed by plain torch."""
+    if config.adapter and config.kernels == "native":
+        parser.error("argument --adapter: the native kernel has no adapters (--kernels torch, or auto)")
+    if config.adapter and config.quantization != "none":
+        parser.error(f"argument --adapter: cannot be had with --quantization {config.quantization}")
 
 
 def _check_speculation(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:

@@ -34,3 +34,4 @@ class EngineConfig:
     speculation: str = "off"  # off | ngram | draft
     num_draft_tokens: int = 4  # at most, for each sequence in a step
     speculative_model: str = ""  # for draft: its checkpoint directory
+    adapters: tuple[tuple[str, str], ...] = ()  # names and PEFT directories

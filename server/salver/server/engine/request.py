@@ -121,6 +121,7 @@ class EngineRequest:
     tenant: str = ""  # whose it is; tenants share the engine by their weights
     weight: float = 1.0
     encoding: EncodingParams | None = None
+    adapter: str = ""  # the name of the LoRA adapter that is asked; empty: the model itself
     grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
 
 
@@ -202,6 +203,7 @@ class Ready:
     max_num_batched_tokens: int
     phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
     quantization: str = "none"  # of the weights: none | int8
+    adapters: tuple[tuple[str, str], ...] = ()  # names and digests
 
 
 @dataclass(frozen=True, slots=True)

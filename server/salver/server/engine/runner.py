@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from salver.model.adapters import AdapterSet
 from salver.model.attention import AttentionBatch
 from salver.model.cache import KVCache
 from salver.model.sampling import INVALID, SamplingRow, TokenLogprobs, sample, token_logprobs
@@ -38,8 +39,9 @@ class ModelRunner:
         on_progress: Callable[[], None] | None = None,
         dense: Dense | None = None,
         grammars: Grammars | None = None,
+        adapters: AdapterSet | None = None,
     ) -> None:
-        """Without `grammars`, no request may have one."""
+        """Without `grammars` or `adapters`, no request may have one."""
         self.model = model
         self.cache = cache
         self._dense = dense
@@ -48,6 +50,7 @@ class ModelRunner:
         self.device = model.device
         self._on_progress = on_progress
         self.grammars = grammars
+        self.adapters = adapters
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
@@ -63,6 +66,13 @@ class ModelRunner:
         ]
         batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)
         results = [RowResult() for _ in schedule.scheduled]
+        if self.adapters is not None:
+            self.adapters.select(
+                [
+                    (item.sequence.request.adapter, range(first, first + item.num_tokens))
+                    for item, first in zip(schedule.scheduled, batch.first_rows, strict=True)
+                ]
+            )
         model_begin = time.perf_counter()
         hidden = self.model(
             batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress

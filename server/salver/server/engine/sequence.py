@@ -136,7 +136,7 @@ class Sequence:
 
     def _root_digest(self) -> bytes:
         salt = self.request.cache_salt
-        return root_digest(f"{self.positions}\0{salt}" if self.positions else salt)
+        return root_digest(f"{self.positions}\0{salt}" if self.positions else salt, self.request.adapter)
 
     def digests(self, block_size: int, num_tokens: int) -> list[bytes]:
         """The hash chain over the full blocks of the first `num_tokens` tokens."""

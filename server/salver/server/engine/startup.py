@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from salver.model.adapters import AdapterSet, load_adapter
 from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
 from salver.model.kernels import build
@@ -70,6 +71,9 @@ def start_engine(
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
     model.pad_experts(multiple)
     timer.done("probe numerics")
+    adapters = _adapters(config, model, multiple)
+    if adapters is not None:
+        timer.done("load adapters")
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
     runner = ModelRunner(
         decoder,
@@ -78,6 +82,7 @@ def start_engine(
         row_multiple=multiple,
         on_progress=page.bump,
         grammars=grammars,
+        adapters=adapters,
     )
     speed, tokens_for_one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
@@ -125,6 +130,7 @@ def start_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         phases=tuple(phases),
+        adapters=() if adapters is None else tuple(adapters.digests.items()),
     )
     grammars.warm_beside()
     return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
@@ -137,6 +143,18 @@ def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: to
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
+
+
+def _adapters(config: EngineConfig, model: Transformer, multiple: int) -> AdapterSet | None:
+    if not config.adapters:
+        return None
+    loaded = {}
+    for name, directory in config.adapters:
+        try:
+            loaded[name] = load_adapter(Path(directory), model)
+        except CheckpointError as error:
+            raise StartError(f"--adapter {name}: {error}") from error
+    return AdapterSet(model, loaded, multiple)
 
 
 def _load_draft(

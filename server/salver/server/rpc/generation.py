@@ -36,8 +36,8 @@ from salver.server.rpc.validation import (
     Violations,
     check_generation,
     check_messages,
-    check_model,
     check_prompt,
+    model_named,
     room_for,
     stopping_of,
 )
@@ -199,8 +199,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Checks, admits, tokenizes and submits a request; whatever happens then, nothing of it stays."""
         arrival = time.monotonic()
         deadline = deadline_of(context, arrival)
-        model = self._front.model
-        check_model(request.model, model)
+        model = model_named(request.model, self._front.model)
         params, read_prompt = self._checked(request, model)
         permit = self._admission.admit()
         try:
@@ -328,6 +327,7 @@ def _engine_request(
         deadline=deadline,
         arrival=arrival,
         cache_salt=params.cache_salt,
+        adapter=model.adapter,
     )
 
 

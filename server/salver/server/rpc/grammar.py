@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from salver.v1 import generation_pb2
 COMMAND = (sys.executable, "-m", "salver.server.grammar_check")
 COMPILE_SECONDS = 2.0
 START_SECONDS = 60.0
+FAILURE_SECONDS = 60.0
 CACHED = 256
 MAX_BYTES = 1 << 18
 MAX_CHOICES = 1024
@@ -81,6 +84,7 @@ class GrammarCompiler:
         self._process: Process | None = None
         self._lock = asyncio.Lock()
         self._known: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
+        self._asking: set[asyncio.Task[_Answer]] = set()
         self._closed = False
 
     async def compile(
@@ -96,44 +100,57 @@ class GrammarCompiler:
         """The same, of a form of StructuredOutput; what is wrong with it is wrong with `field`."""
         key = (form, json.dumps(value))
         outputs = [list(ids) for ids in outputs if ids]
-        answer = None if outputs else self._known.get(key)
+        answer = None if outputs else self._remembered(key)
         if answer is None:
-            answer = await self._ask({"form": form, "value": value, "outputs": outputs}, model.checkpoint)
-            if "output" in answer:
-                raise invalid_argument(
-                    [Violation("resume.samples", f"do not follow {field.partition('.')[0]}")]
-                )
-            self._known[key] = answer
-            if len(self._known) > CACHED:
-                self._known.popitem(last=False)
-        else:
-            self._known.move_to_end(key)
+            question = {"form": form, "value": value, "outputs": outputs}
+            # A caller that leaves takes the process away from nobody.
+            asking = asyncio.create_task(self._ask_once(key, question, model.checkpoint))
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+            answer = await asyncio.shield(asking)
+        if "output" in answer:
+            raise invalid_argument([Violation("resume.samples", f"do not follow {field.partition('.')[0]}")])
         if "error" in answer:
             raise invalid_argument([Violation(field, answer["error"])])
         return str(answer["grammar"])
 
-    async def _ask(self, question: _Answer, checkpoint: str) -> _Answer:
+    def _remembered(self, key: tuple[str, str]) -> _Answer | None:
+        answer = self._known.get(key)
+        if answer is None or answer.get("until", math.inf) < time.monotonic():
+            return None
+        self._known.move_to_end(key)
+        return answer
+
+    async def _ask_once(self, key: tuple[str, str], question: _Answer, checkpoint: str) -> _Answer:
+        """The answer, when its turn comes: perhaps another has asked the same meanwhile."""
         async with self._lock:
-            process = await self._started(checkpoint)
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                async with asyncio.timeout(COMPILE_SECONDS):
-                    process.stdin.write(json.dumps(question).encode() + b"\n")
-                    await process.stdin.drain()
-                    line = await process.stdout.readline()
-            except TimeoutError:
-                await self._end()
-                return {"error": f"takes more than {COMPILE_SECONDS:g} s to compile"}
-            except (ConnectionError, ValueError):
-                line = b""
-            except BaseException:
-                await self._end()  # or the next one would read this one's answer
-                raise
-            if not line:
-                await self._end()
-                return {"error": "takes too much memory to compile"}
-            answer: _Answer = json.loads(line)
+            answer = None if question["outputs"] else self._remembered(key)
+            if answer is None:
+                answer = await self._ask(question, checkpoint)
+                if "output" not in answer:
+                    self._known[key] = answer
+                    if len(self._known) > CACHED:
+                        self._known.popitem(last=False)
             return answer
+
+    async def _ask(self, question: _Answer, checkpoint: str) -> _Answer:
+        process = await self._started(checkpoint)
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                process.stdin.write(json.dumps(question).encode() + b"\n")
+                await process.stdin.drain()
+                line = await process.stdout.readline()
+        except TimeoutError:
+            await self._end()
+            return _failed(f"takes more than {COMPILE_SECONDS:g} s to compile")
+        except (ConnectionError, ValueError):
+            line = b""
+        if not line:
+            await self._end()
+            return _failed("takes too much memory to compile")
+        answer: _Answer = json.loads(line)
+        return answer
 
     async def _started(self, checkpoint: str) -> Process:
         """The running process, started if need be."""
@@ -164,6 +181,14 @@ class GrammarCompiler:
             await process.wait()
 
     async def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, and whoever waits for it."""
         self._closed = True
+        for asking in self._asking:
+            asking.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
         await self._end()
+
+
+def _failed(error: str) -> _Answer:
+    """Of a process that had to end. The machine may be to blame, so it is not believed for ever."""
+    return {"error": error, "until": time.monotonic() + FAILURE_SECONDS}

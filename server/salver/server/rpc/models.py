@@ -10,7 +10,7 @@ import grpc
 
 from salver.server.rpc import convert
 from salver.server.rpc.served import Front, ServedModel
-from salver.server.rpc.validation import Violations, check_model
+from salver.server.rpc.validation import Violations, model_named
 from salver.v1 import model_pb2, model_pb2_grpc
 
 
@@ -19,8 +19,8 @@ def version() -> str:
     return metadata.version("salver")
 
 
-def model_message(model: ServedModel) -> model_pb2.Model:
-    """The served checkpoint as clients see it."""
+def model_message(model: ServedModel, base: str) -> model_pb2.Model:
+    """The served checkpoint, or it under an adapter, as clients see it. `base`: the checkpoint's name."""
     tasks = [model_pb2.TASK_GENERATE, model_pb2.TASK_SCORE]
     if model.chat_template is not None:
         tasks.insert(1, model_pb2.TASK_CHAT)
@@ -36,6 +36,7 @@ def model_message(model: ServedModel) -> model_pb2.Model:
         eos_token_ids=model.tokenizer.eos_token_ids,
         bos_token_id=model.tokenizer.bos_token_id,
         weights_digest=model.weights_digest,
+        base=base if model.adapter else "",
     )
 
 
@@ -54,12 +55,14 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             violations = Violations()
             violations.add("page_token", "is not one that this server gave: there is one page")
             violations.raise_any()
-        return model_pb2.ListModelsResponse(models=[model_message(self._front.model)])
+        model = self._front.model
+        models = [model, *model.with_adapter.values()]
+        return model_pb2.ListModelsResponse(models=[model_message(each, model.name) for each in models])
 
     async def GetModel(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        model = self._front.model
-        check_model(request.model, model)
-        return model_pb2.GetModelResponse(model=model_message(model))
+        base = self._front.model
+        model = model_named(request.model, base)
+        return model_pb2.GetModelResponse(model=model_message(model, base.name))
 
     async def GetServerInfo(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         model = self._front.model

@@ -30,12 +30,12 @@ from salver.server.rpc.served import Front, ServedModel
 from salver.server.rpc.submission import Submissions, next_request_id
 from salver.server.rpc.validation import (
     Violations,
-    check_model,
     check_priority,
     check_prompt,
     check_request_id,
     check_score_length,
     check_score_top_k,
+    model_named,
 )
 from salver.v1 import common_pb2, generation_pb2
 
@@ -100,8 +100,7 @@ async def score(
     deadline: float,
 ) -> generation_pb2.ScoreResponse:
     """Answers a ScoreRequest: its inputs are computed together. Raises ApiError and EngineError."""
-    model = front.model
-    check_model(request.model, model)
+    model = model_named(request.model, front.model)
     top_k, priority = _checked(request, model)
     permit = admission.admit(len(request.inputs))
     sinks: list[ScoreSink] = []
@@ -112,7 +111,8 @@ async def score(
             check_score_length(len(prompt.token_ids), f"inputs[{position}]", model.limits)
         permit.add_tokens(sum(len(prompt.token_ids) for prompt in prompts))
         sinks += (
-            ScoreSink(_engine_request(prompt, top_k, priority, arrival, deadline)) for prompt in prompts
+            ScoreSink(_engine_request(prompt, top_k, priority, arrival, deadline, model.adapter))
+            for prompt in prompts
         )
         # One token and nothing before it: there is nothing to compute.
         permit.check_deadline([sink.request for sink in sinks if len(sink.request.prompt_token_ids) > 1])
@@ -169,7 +169,7 @@ def _checked(request: Any, model: ServedModel) -> tuple[int | None, int]:
 
 
 def _engine_request(
-    prompt: ScorePrompt, top_k: int | None, priority: int, arrival: float, deadline: float
+    prompt: ScorePrompt, top_k: int | None, priority: int, arrival: float, deadline: float, adapter: str
 ) -> EngineRequest:
     return EngineRequest(
         request_id=next_request_id(),
@@ -181,6 +181,7 @@ def _engine_request(
         priority=priority,
         deadline=deadline,
         arrival=arrival,
+        adapter=adapter,
     )
 
 

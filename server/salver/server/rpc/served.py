@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -70,11 +70,26 @@ class ServedModel:
     limits: RequestLimits
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
     checkpoint: str = ""  # its directory
+    adapter: str = ""  # the LoRA adapter that requests of this name ask; empty: the model itself
 
     @cached_property
     def defaults(self) -> Configuration:
         """What is in force where a request says nothing."""
         return checkpoint_defaults(self.generation_config)
+
+    @cached_property
+    def with_adapter(self) -> dict[str, ServedModel]:
+        """The model under each of its adapters, by their names."""
+        return {
+            name: replace(
+                self,
+                name=name,
+                adapter=name,
+                weights_digest=digest,
+                ready=replace(self.ready, numerics_id=f"{self.ready.numerics_id}+{digest[:16]}", adapters=()),
+            )
+            for name, digest in self.ready.adapters
+        }
 
 
 class FrontState(enum.Enum):

@@ -8,7 +8,7 @@ import grpc
 
 from salver.server.rpc.prompts import PromptReader, render, template_of
 from salver.server.rpc.served import Front
-from salver.server.rpc.validation import Violations, check_messages, check_model, check_token_ids
+from salver.server.rpc.validation import Violations, check_messages, check_token_ids, model_named
 from salver.v1 import tokenization_pb2, tokenization_pb2_grpc
 
 
@@ -21,7 +21,7 @@ class TokenizationService(tokenization_pb2_grpc.TokenizationServiceServicer):
 
     async def Tokenize(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         model = self._front.model
-        check_model(request.model, model)
+        model_named(request.model, model)
         violations = Violations()
         kind = request.WhichOneof("input")
         if kind is None:
@@ -55,7 +55,7 @@ class TokenizationService(tokenization_pb2_grpc.TokenizationServiceServicer):
 
     async def Detokenize(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         model = self._front.model
-        check_model(request.model, model)
+        model_named(request.model, model)
         violations = Violations()
         ids = list(request.token_ids.ids)
         if not request.HasField("token_ids"):

@@ -72,14 +72,22 @@ class GenerationParams:
     resumed_prompt: tuple[int, ...] | None
 
 
-def check_model(name: str, model: ServedModel) -> None:
-    """Raises ApiError (NOT_FOUND) unless `name` is empty or the served model's."""
-    if name and name != model.name:
+def model_named(name: str, model: ServedModel) -> ServedModel:
+    """The served model when `name` is empty or its own, or one of its adapters'.
+
+    Raises ApiError (NOT_FOUND) for another name.
+    """
+    if not name or name == model.name:
+        return model
+    found = model.with_adapter.get(name)
+    if found is None:
+        served = ", ".join(repr(known) for known in (model.name, *model.with_adapter))
         raise ApiError(
             grpc.StatusCode.NOT_FOUND,
-            f"model {shortened(name)!r} is not served here; {model.name!r} is",
+            f"model {shortened(name)!r} is not served here; {served} is",
             reason="MODEL_NOT_FOUND",
         )
+    return found
 
 
 def check_request_id(request_id: str, violations: Violations) -> None:
