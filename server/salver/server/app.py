@@ -37,10 +37,12 @@ from salver.server.engine.process import EngineProcess, EngineState
 from salver.server.engine.request import Ready
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
+from salver.server.metrics_compat import exposed
 from salver.server.reloading import BadFile
 from salver.server.rpc.models import version
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_methods
+from salver.server.rpc.tracing import TracingUnavailable
 
 _log = logging.getLogger("salver.server")
 _T = TypeVar("_T")
@@ -228,7 +230,7 @@ class Application:
         )
         try:
             self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
-        except BadFile as error:
+        except (BadFile, TracingUnavailable) as error:
             raise StartError(str(error)) from error
         self.engine: EngineProcess | None = None
         self._signalled = asyncio.Event()
@@ -290,7 +292,8 @@ class Application:
             return None
         try:
             # In a thread: it asks the resolver for the host's name.
-            server, _ = await asyncio.to_thread(start_http_server, port, host, self.metrics.registry)
+            registry = exposed(self.metrics.registry, self.config.metrics_compat)
+            server, _ = await asyncio.to_thread(start_http_server, port, host, registry)
         except OSError as error:
             reason = error.strerror or error
             raise StartError(f"--metrics-port {port}: cannot listen on {host}:{port}: {reason}") from error
