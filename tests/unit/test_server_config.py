@@ -44,6 +44,7 @@ def test_every_flag_is_in_the_help_with_its_variable(capsys: pytest.CaptureFixtu
 def test_every_flag_changes_its_field(tmp_path: Path) -> None:
     """A flag that does nothing would be a lie in the help."""
     words = {
+        "revision": "v1",
         "served_name": "n", "cache_dir": "/c", "host": "::1", "port": "1", "metrics_host": "::",
         "metrics_port": "2", "max_message_size": "1MiB", "max_connection_age": "1m", "device": "cpu",
         "dtype": "float32", "quantization": "int8",

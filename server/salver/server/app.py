@@ -35,6 +35,7 @@ from salver.server.config import ServerConfig
 from salver.server.engine.errors import EngineStartError
 from salver.server.engine.process import EngineProcess, EngineState
 from salver.server.engine.request import Ready
+from salver.server.hub import HubError, fetch_from_hub, is_hub_id
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
 from salver.server.metrics_compat import exposed
@@ -174,14 +175,19 @@ def _resolve(config: ServerConfig, source: str, flag: str) -> Path:
     try:
         if source in CATALOG and not Path(source).exists():
             source = str(fetch(source, cache, config.offline, _say))
+        elif not Path(source).exists() and is_hub_id(source):
+            revision = config.revision if flag == "MODEL" else None
+            source = str(fetch_from_hub(source, revision, cache, config.offline, _say))
         elif not Path(source).exists():
             raise StartError(
                 f"{flag} {source!r} is neither a catalog name ({', '.join(sorted(CATALOG))}) nor a "
-                "checkpoint directory nor a .gguf file"
+                "checkpoint directory nor a .gguf file, nor a hub id (org/name)"
             )
+        elif flag == "MODEL" and config.revision is not None:
+            raise StartError(f"--revision {config.revision}: {source} is on the disk and has none")
         dtype = default_dtype_name(config.device) if config.dtype == "auto" else config.dtype
         return resolve_checkpoint(source, cache, dtype, _say)
-    except (CatalogError, CheckpointError) as error:
+    except (CatalogError, HubError, CheckpointError) as error:
         raise StartError(str(error)) from error
 
 

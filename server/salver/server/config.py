@@ -54,7 +54,17 @@ class ServerConfig(SecurityConfig, ObservabilityConfig):
     """Everything the server was told. Sizes in bytes, times in seconds; None: the server chooses."""
 
     model: str = _flag(
-        dataclasses.MISSING, "Model", "a catalog name (smollm2), a checkpoint directory, or a .gguf file"
+        dataclasses.MISSING,
+        "Model",
+        "a catalog name (smollm2), a checkpoint directory, a .gguf file, or a hub id (org/name)",
+    )
+    revision: str | None = _flag(
+        None,
+        "Model",
+        "of a hub id: a branch, a tag, or a commit",
+        parse=_name,
+        metavar="REVISION",
+        shown="main",
     )
     served_name: str | None = _flag(
         None, "Model", "the name that requests use", parse=_name, metavar="NAME",
@@ -291,7 +301,8 @@ def parse_config(
     values["model"] = values["model"] or present.get("SALVER_MODEL")
     if not values["model"]:
         parser.error(
-            "MODEL is missing: name a catalog model (smollm2), a checkpoint directory or a .gguf file"
+            "MODEL is missing: name a catalog model (smollm2), a checkpoint directory, a .gguf file or a hub "
+            "id (org/name)"
         )
     config = ServerConfig(**values)
     _check_speculation(config, parser)
