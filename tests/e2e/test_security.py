@@ -83,6 +83,29 @@ def test_the_command_line(guarded: Server, authority: Authority, tmp_path: Path)
     assert done.returncode == 2 and "--tls-ca" in done.stderr
 
 
+def test_deploy_check(guarded: Server, authority: Authority, tmp_path: Path) -> None:
+    """It finds what is well, and what is not: a grace too short, no metrics, no certificate."""
+    tls = authority.client("checker")
+    (tmp_path / "token").write_text(ALICE)
+    flags = [f"--tls-ca={tls.ca}", f"--tls-cert={tls.cert}", f"--tls-key={tls.key}"]
+    flags.append(f"--token-file={tmp_path / 'token'}")
+
+    def check(*words: str) -> tuple[int, dict[str, tuple[str, str]]]:
+        command = [SALVER, "deploy-check", guarded.address, "--json", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return done.returncode, {f["check"]: (f["status"], f["detail"]) for f in json.loads(done.stdout)}
+
+    metrics = f"--metrics={guarded.metrics_url}"
+    code, findings = check(*flags, metrics, "--grace=40", "--watch=1", "--streams=2")
+    assert code == 0 and {status for status, _ in findings.values()} == {"ok"}, findings
+    assert "GenerationService" in findings["reflection"][1] and "TLSv1.3" in findings["tls"][1]
+    assert "0 lost" in findings["rolling restart"][1]
+    code, findings = check(*flags, "--metrics=http://127.0.0.1:1/metrics", "--grace=39")
+    assert (code, findings["drain"][0], findings["metrics"][0]) == (1, "FAIL", "FAIL")
+    code, findings = check(*flags[:1])
+    assert (code, findings["health: readiness"][0]) == (1, "FAIL")
+
+
 def test_tenants_share_no_prefix(guarded: Server, authority: Authority) -> None:
     """What the cache tells of another tenant's prompts is nothing, whatever salt is asked for."""
     prompt = list(range(3, 60))

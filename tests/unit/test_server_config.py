@@ -52,6 +52,7 @@ def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_flag_changes_its_field(tmp_path: Path) -> None:
     """A flag that does nothing would be a lie in the help."""
     words = {
+        "revision": "v1",
         "served_name": "n", "cache_dir": "/c", "host": "::1", "port": "1", "metrics_host": "::",
         "metrics_port": "2", "max_message_size": "1MiB", "max_connection_age": "1m", "device": "cpu",
         "dtype": "float32", "quantization": "int8",
@@ -59,7 +60,7 @@ def test_every_flag_changes_its_field(tmp_path: Path) -> None:
         "max_num_batched_tokens": "5", "kv_cache_memory": "6", "max_samples": "2", "max_queued_requests": "8",
         "max_queued_tokens": "9", "drain_period": "500ms", "log_level": "debug",
         "tls_cert": "/cert", "tls_key": "/key", "tls_client_ca": "/ca", "tokens": "/tokens",
-        "health_port": "6",
+        "health_port": "6", "log_format": "json", "metrics_compat": "vllm", "otlp_endpoint": "http://c:4317",
         "speculation": "ngram", "speculative_model": "/d", "num_draft_tokens": "3",
         "adapter": "a=/x,b=/y",
     }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from salver.client.security import BearerToken, Tls
+from salver.client.tracing import trace_context
 
 GENERATION_TIMEOUT = 300.0  # seconds, for calls that generate or score
 DEFAULT_TIMEOUT = 60.0  # for the others
@@ -72,10 +73,11 @@ class ConnectionOptions:
 
     def call_metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes with a call. Raises what the function that gives the token raises."""
+        metadata = (*self.metadata, *trace_context())
         if self.token is None:
-            return self.metadata
+            return metadata
         token = self.token if isinstance(self.token, str) else self.token()
-        return (*self.metadata, ("authorization", f"Bearer {token}"))
+        return (*metadata, ("authorization", f"Bearer {token}"))
 
     def arguments(self, several: bool = False) -> list[tuple[str, Any]]:
         """As gRPC channel arguments, the retry policy in the service config.

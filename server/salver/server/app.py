@@ -37,12 +37,15 @@ from salver.server.config import ServerConfig
 from salver.server.engine.errors import EngineStartError
 from salver.server.engine.process import EngineProcess, EngineState
 from salver.server.engine.request import Ready, StepMessage
+from salver.server.hub import HubError, fetch_from_hub, is_hub_id
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
+from salver.server.metrics_compat import exposed
 from salver.server.reloading import BadFile
 from salver.server.rpc.models import version
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_methods
+from salver.server.rpc.tracing import TracingUnavailable
 
 _log = logging.getLogger("salver.server")
 _OPEN_FILES = 65536
@@ -183,14 +186,19 @@ def _resolve(config: ServerConfig, source: str, flag: str) -> Path:
     try:
         if source in CATALOG and not Path(source).exists():
             source = str(fetch(source, cache, config.offline, _say))
+        elif not Path(source).exists() and is_hub_id(source):
+            revision = config.revision if flag == "MODEL" else None
+            source = str(fetch_from_hub(source, revision, cache, config.offline, _say))
         elif not Path(source).exists():
             raise StartError(
                 f"{flag} {source!r} is neither a catalog name ({', '.join(sorted(CATALOG))}) nor a "
-                "checkpoint directory nor a .gguf file"
+                "checkpoint directory nor a .gguf file, nor a hub id (org/name)"
             )
+        elif flag == "MODEL" and config.revision is not None:
+            raise StartError(f"--revision {config.revision}: {source} is on the disk and has none")
         dtype = default_dtype_name(config.device) if config.dtype == "auto" else config.dtype
         return resolve_checkpoint(source, cache, dtype, _say)
-    except (CatalogError, CheckpointError) as error:
+    except (CatalogError, HubError, CheckpointError) as error:
         raise StartError(str(error)) from error
 
 
@@ -249,7 +257,7 @@ class Application:
         )  # fmt: skip
         try:
             self.rpc = RpcServer(config, self.front, self.admission, self.metrics, self.phases.done)
-        except BadFile as error:
+        except (BadFile, TracingUnavailable) as error:
             raise StartError(str(error)) from error
         self.engine: EngineProcess | None = None
         self._signalled = asyncio.Event()
@@ -311,7 +319,8 @@ class Application:
             return None
         try:
             # In a thread: it asks the resolver for the host's name.
-            server, _ = await asyncio.to_thread(start_http_server, port, host, self.metrics.registry)
+            registry = exposed(self.metrics.registry, self.config.metrics_compat)
+            server, _ = await asyncio.to_thread(start_http_server, port, host, registry)
         except OSError as error:
             reason = error.strerror or error
             raise StartError(f"--metrics-port {port}: cannot listen on {host}:{port}: {reason}") from error

@@ -1,4 +1,4 @@
-"""`salver serve` and `salver token`: the subcommands that the server adds to the client's command line."""
+"""`salver serve`, `salver pull` and `salver token`: what the server adds to the client's command line."""
 
 from __future__ import annotations
 
@@ -27,12 +27,36 @@ def command(argv: list[str]) -> int:
         config = parse_config(argv)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 2
-    set_up_logging(config.log_level)
+    set_up_logging(config.log_level, form=config.log_format)
     try:
         return asyncio.run(run(config))
     except StartError as error:
         print(f"salver serve: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def pull(argv: list[str]) -> int:
+    """Fetches a model into the cache, as `salver serve` with the same words would, and serves nothing.
+
+    Converts it too, where that is needed: a later `salver serve` starts at once, and `--offline`.
+    """
+    from salver.server.app import StartError, find_checkpoint, find_speculative_checkpoint
+    from salver.server.config import parse_config
+    from salver.server.log import set_up_logging
+
+    try:
+        config = parse_config(argv, prog="salver pull")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 2
+    set_up_logging(config.log_level, form=config.log_format)
+    try:
+        checkpoint, _ = find_checkpoint(config)
+        find_speculative_checkpoint(config, checkpoint)
+    except StartError as error:
+        print(f"salver pull: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(checkpoint, flush=True)
+    return 0
 
 
 def token(argv: list[str]) -> int:

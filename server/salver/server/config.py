@@ -22,6 +22,7 @@ from salver.server.engine.config import EngineConfig
 from salver.server.flags import flag as _flag
 from salver.server.flags import integer as _integer
 from salver.server.flags import parse_duration, parse_size, port_or_off
+from salver.server.observability_config import ObservabilityConfig
 from salver.server.security_config import SecurityConfig, check_security
 
 DEFAULT_DRAFT_TOKENS = 8
@@ -61,11 +62,21 @@ def default_cache_dir() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerConfig(SecurityConfig):
+class ServerConfig(SecurityConfig, ObservabilityConfig):
     """Everything the server was told. Sizes in bytes, times in seconds; None: the server chooses."""
 
     model: str = _flag(
-        dataclasses.MISSING, "Model", "a catalog name (smollm2), a checkpoint directory, or a .gguf file"
+        dataclasses.MISSING,
+        "Model",
+        "a catalog name (smollm2), a checkpoint directory, a .gguf file, or a hub id (org/name)",
+    )
+    revision: str | None = _flag(
+        None,
+        "Model",
+        "of a hub id: a branch, a tag, or a commit",
+        parse=_name,
+        metavar="REVISION",
+        shown="main",
     )
     served_name: str | None = _flag(
         None, "Model", "the name that requests use", parse=_name, metavar="NAME",
@@ -245,13 +256,15 @@ def environment_variable_of(name: str) -> str:
     return "SALVER_" + (name if name == "model" else flag_of(name)[2:].replace("-", "_")).upper()
 
 
-_INHERITED = frozenset(row.name for row in dataclasses.fields(SecurityConfig))
+_INHERITED = frozenset(
+    row.name for part in (SecurityConfig, ObservabilityConfig) for row in dataclasses.fields(part)
+)
 
 
-def _parser() -> configargparse.ArgumentParser:
+def _parser(prog: str) -> configargparse.ArgumentParser:
     parser = configargparse.ArgumentParser(
-        prog="salver serve",
-        description="Serve a model over gRPC.",
+        prog=prog,
+        description="Serve a model over gRPC." if prog.endswith("serve") else "Fetch what would be served.",
         epilog="Every flag can be set by the environment variable in brackets, and in the file of --config; "
         "the flag wins, then the variable.",
         add_env_var_help=False,
@@ -287,10 +300,12 @@ def _parser() -> configargparse.ArgumentParser:
     return parser
 
 
-def parse_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerConfig:
+def parse_config(
+    argv: Sequence[str], environ: Mapping[str, str] | None = None, prog: str = "salver serve"
+) -> ServerConfig:
     """The configuration of a command line. Raises SystemExit (2, or 0 after --help)."""
     environ = os.environ if environ is None else environ
-    parser = _parser()
+    parser = _parser(prog)
     # An empty variable is an unset one: manifests and compose files often pass them so. Kubernetes
     # sets SALVER_PORT=tcp://... in every pod beside a Service called salver: not ours either.
     present = {
@@ -307,7 +322,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) 
     values["model"] = values["model"] or present.get("SALVER_MODEL")
     if not values["model"]:
         parser.error(
-            "MODEL is missing: name a catalog model (smollm2), a checkpoint directory or a .gguf file"
+            "MODEL is missing: name a catalog model (smollm2), a checkpoint directory, a .gguf file or a hub "
+            "id (org/name)"
         )
     config = ServerConfig(**values)
     _check_speculation(config, parser)

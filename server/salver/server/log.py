@@ -1,4 +1,4 @@
-"""Structured logs: one line per event, `key=value` pairs, on standard error.
+"""Structured logs: one line per event, `key=value` pairs or a JSON object, on standard error.
 
 Prompts and answers are never logged; a request is found by its `request_id`.
 """
@@ -21,21 +21,33 @@ def _quoted(value: Any) -> str:
     return json.dumps(text)
 
 
+def _fields_of(record: logging.LogRecord, formatter: logging.Formatter) -> dict[str, Any]:
+    """What is said of an event, in order; a traceback is one value."""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    fields: dict[str, Any] = {
+        "ts": f"{moment}.{int(record.msecs):03d}Z",
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "msg": record.getMessage(),
+    }
+    fields.update(getattr(record, _FIELDS, {}))
+    if record.exc_info:
+        fields["traceback"] = formatter.formatException(record.exc_info)
+    return fields
+
+
 class LineFormatter(logging.Formatter):
-    """`ts=... level=info logger=... msg="..." key=value`; a traceback is one quoted value."""
+    """`ts=... level=info logger=... msg="..." key=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        fields: dict[str, Any] = {
-            "ts": f"{moment}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "msg": record.getMessage(),
-        }
-        fields.update(getattr(record, _FIELDS, {}))
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return " ".join(f"{key}={_quoted(value)}" for key, value in fields.items())
+        return " ".join(f"{key}={_quoted(value)}" for key, value in _fields_of(record, self).items())
+
+
+class JsonFormatter(logging.Formatter):
+    """The same as an object; numbers stay numbers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(_fields_of(record, self), default=str, ensure_ascii=False)
 
 
 def log_event(
@@ -45,10 +57,13 @@ def log_event(
     logger.log(level, message, exc_info=exc_info, extra={_FIELDS: fields})
 
 
-def set_up_logging(level: str, stream: TextIO | None = None) -> None:
-    """Sends everything of `level` (debug, info, warning, error) and above to `stream`, default stderr."""
+def set_up_logging(level: str, stream: TextIO | None = None, form: str = "text") -> None:
+    """Sends everything of `level` (debug, info, warning, error) and above to `stream`, default stderr.
+
+    `form` is text or json.
+    """
     sink = logging.StreamHandler(sys.stderr if stream is None else stream)
-    sink.setFormatter(LineFormatter())
+    sink.setFormatter(JsonFormatter() if form == "json" else LineFormatter())
     root = logging.getLogger()
     root.handlers[:] = [sink]
     root.setLevel(level.upper())

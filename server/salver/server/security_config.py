@@ -12,7 +12,7 @@ from salver.server.flags import flag, port_or_off
 GROUP = "Security"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SecurityConfig:
     """Certificates and tokens; their files are read again when they change (see `reloading`)."""
 

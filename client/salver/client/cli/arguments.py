@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from salver.client.cli import chat, commands
+from salver.client.cli import chat, commands, deploy_check
 from salver.client.cli.connection import add_connection_flags
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
@@ -64,6 +64,20 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     health = _command(subparsers, "health", commands.health, "exit code 0 if and only if SERVING")
     health.add_argument("service", nargs="?", default="", help="readiness, liveness or a service's full name")
     health.add_argument("--wait", type=float, metavar="SECONDS", help="wait so long for SERVING")
+
+    check = _command(
+        subparsers, "deploy-check", deploy_check.deploy_check, "look at a deployment as its clients see it"
+    )
+    check.add_argument("where", nargs="?", metavar="ADDRESS", help="as --address")
+    check.add_argument(
+        "--grace", type=float, metavar="SECONDS", help="terminationGracePeriodSeconds of its pods"
+    )
+    check.add_argument("--metrics", metavar="URL", help="where a pod's metrics are")
+    check.add_argument(
+        "--watch", type=float, metavar="SECONDS",
+        help="keep streams going so long and count lost ones, while you restart the pods",
+    )  # fmt: skip
+    check.add_argument("--streams", type=int, default=8, metavar="N", help="of --watch, at once (default 8)")
     return parser
 
 

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from salver.server.engine.errors import EngineError
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
+from salver.server.rpc.calls import Call, enter_call
 from salver.server.rpc.errors import (
     ApiError,
     Violation,
@@ -40,7 +41,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     `gate` is asked before each call of our own services and raises ApiError while the server
     is loading or draining; health and reflection pass always. `enter` is asked before it, of every
-    call, with its method and metadata, and raises ApiError for callers who may not.
+    call, with its method and metadata, and raises ApiError for callers who may not. `ended` is told
+    of each call, its status and its metadata.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metrics: Metrics,
         gate: Callable[[], None],
         enter: Callable[[str, Any], None] = lambda method, metadata: None,
+        ended: Callable[[Call, str, Any], None] = lambda call, code, metadata: None,
     ) -> None:
         self._metrics = metrics
         self._gate = gate
         self._enter = enter
+        self._ended = ended
         self._running: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,7 +122,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         parse: Callable[[], Any],
         behavior: Callable[..., Awaitable[Any]],
     ) -> Any:
-        started = time.monotonic()
+        current = Call(method)
+        enter_call(current)
+        metadata = context.invocation_metadata() or ()
         ours = method.startswith(OUR_PREFIX)
         task = asyncio.current_task()
         assert task is not None
@@ -130,11 +136,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._idle.clear()
         try:
             try:
-                self._enter(method, context.invocation_metadata() or ())
+                self._enter(method, metadata)
                 if ours:
                     self._gate()
                 request = _parsed(parse)
-                request_id = _request_id(request)
+                request_id = current.request_id = _request_id(request)
                 return await behavior(request, context)
             except ApiError as error:
                 failure = error
@@ -177,7 +183,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._running.discard(task)
                 if not self._running:
                     self._idle.set()
-            self._metrics.rpc_handled(method, code.name, time.monotonic() - started)
+            self._metrics.rpc_handled(method, code.name, time.monotonic() - current.begun)
+            self._ended(current, code.name, metadata)
 
 
 def _deserialized(payload: bytes | None, deserialize: Callable[[bytes], Any]) -> Any:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,19 +16,22 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from salver.server.admission import Admission
 from salver.server.config import ServerConfig
+from salver.server.log import log_event
 from salver.server.metrics import Metrics
+from salver.server.rpc.calls import Call
 from salver.server.rpc.generation import GenerationService
 from salver.server.rpc.grammar import GrammarCompiler
 from salver.server.rpc.health import SERVICE_NAME as HEALTH
 from salver.server.rpc.health import HealthService
 from salver.server.rpc.interceptor import CallInterceptor
-from salver.server.rpc.models import ModelService
+from salver.server.rpc.models import ModelService, version
 from salver.server.rpc.prompts import PromptReader
 from salver.server.rpc.reflection import V1, V1ALPHA, add_reflection
 from salver.server.rpc.served import Front
 from salver.server.rpc.tenancy import Tenancy
 from salver.server.rpc.tls import server_credentials
 from salver.server.rpc.tokenization import TokenizationService
+from salver.server.rpc.tracing import Tracing
 from salver.server.tenants import Tenants
 from salver.v1 import (
     generation_pb2,
@@ -35,6 +41,8 @@ from salver.v1 import (
     tokenization_pb2,
     tokenization_pb2_grpc,
 )
+
+_log = logging.getLogger("salver.rpc")
 
 SERVICES = tuple(
     service.full_name
@@ -83,7 +91,8 @@ class RpcServer:
         metrics: Metrics,
         startup_phases: Sequence[tuple[str, float]],
     ) -> None:
-        """Must be made on the event loop that it runs on. Raises BadFile for certificates and tokens."""
+        """Must be made on the event loop that it runs on. Raises BadFile for certificates
+        and tokens, and TracingUnavailable."""
         self._config = config
         self._front = front
         self._prompts = PromptReader()
@@ -91,7 +100,11 @@ class RpcServer:
         self.health = HealthService(SERVICES)
         self._credentials = server_credentials(config, metrics.reloaded)
         tenants = None if config.tokens is None else Tenants(config.tokens, metrics.reloaded)
-        self._calls = CallInterceptor(metrics, front.gate, Tenancy(tenants, metrics.rejected).enter)
+        self._tracing: Tracing | None = None
+        if config.otlp_endpoint is not None:
+            self._tracing = Tracing(config.otlp_endpoint, config.model, version())
+        tenancy = Tenancy(tenants, metrics.rejected)
+        self._calls = CallInterceptor(metrics, front.gate, tenancy.enter, self._ended)
         self._server = grpc.aio.server(
             interceptors=(self._calls,),
             options=_options(config),
@@ -113,6 +126,20 @@ class RpcServer:
         if config.health_port is not None:
             self._probes = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
             health_pb2_grpc.add_HealthServicer_to_server(self.health, self._probes)
+
+    def _ended(self, call: Call, code: str, metadata: Any) -> None:
+        if call.method.startswith(f"/{HEALTH}/"):
+            return  # probes: every few seconds the same
+        if self._config.log_requests:
+            seconds = round(time.monotonic() - call.begun, 6)
+            log_event(
+                _log, logging.INFO, "call", method=call.method, request_id=call.request_id,
+                tenant=call.tenant, code=code, seconds=seconds,
+                prompt_tokens=sum(r.prompt_tokens for r in call.requests),
+                output_tokens=sum(r.output_tokens for r in call.requests),
+            )  # fmt: skip
+        if self._tracing is not None:
+            self._tracing.ended(call, code, metadata)
 
     async def open(self) -> str:
         """Listens, and answers NOT_SERVING and UNAVAILABLE for now. The address. Raises PortInUse."""
@@ -161,6 +188,8 @@ class RpcServer:
         await self._server.stop(0 if self._calls.num_running else 0.05)
         if self._probes is not None:
             await self._probes.stop(0)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         self._prompts.close()
         await self._grammars.close()
 

@@ -15,6 +15,7 @@ from salver.server.engine.errors import EngineError, EngineUnavailable
 from salver.server.engine.process import OutputSink
 from salver.server.engine.request import EngineRequest, SequenceOutput
 from salver.server.metrics import Metrics
+from salver.server.rpc.calls import RequestPhases, current_call
 from salver.server.rpc.served import Engine
 from salver.server.rpc.tenancy import current_tenant
 from salver.server.tenants import ANYBODY, Tenant
@@ -31,6 +32,7 @@ class Submissions:
         self._metrics = metrics
         self._permit = permit
         self._tenant = current_tenant()
+        self._call = current_call()
 
     def submit(self, request: EngineRequest, sink: OutputSink) -> None:
         """Submits; raises EngineUnavailable."""
@@ -38,7 +40,10 @@ class Submissions:
         request = replace(
             request, tenant=tenant.name, weight=tenant.weight, cache_salt=tenant.salted(request.cache_salt)
         )
-        observed = ObservedSink(request, sink, self._metrics, self._permit, tenant)
+        phases = RequestPhases(request.arrival, len(request.prompt_token_ids))
+        if self._call is not None:
+            self._call.requests.append(phases)
+        observed = ObservedSink(request, sink, self._metrics, self._permit, tenant, phases)
         try:
             self._engine.submit(request, observed)
             self._permit.submitted(request)
@@ -58,6 +63,7 @@ class ObservedSink:
         "_last_tokens",
         "_metrics",
         "_permit",
+        "_phases",
         "_request",
         "_seen_tokens",
         "_sink",
@@ -72,12 +78,14 @@ class ObservedSink:
         metrics: Metrics,
         permit: Permit,
         tenant: Tenant = ANYBODY,
+        phases: RequestPhases | None = None,
     ) -> None:
         self._request = request
         self._sink = sink
         self._metrics = metrics
         self._permit = permit
         self._tenant = tenant
+        self._phases = phases or RequestPhases(request.arrival, len(request.prompt_token_ids))
         self._started = False
         self._seen_tokens = getattr(sink, "completion_tokens", 0)
         self._last_tokens: dict[int, float] = {}
@@ -86,6 +94,7 @@ class ObservedSink:
         """Comes again when a restarted worker computes the request anew; only the first time counts."""
         if not self._started:
             self._started = True
+            self._phases.started = self._phases.arrival + seconds
             self._permit.started(len(self._request.prompt_token_ids), len(self._request.sample_indices))
             self._metrics.prompt_started(len(self._request.prompt_token_ids))
             self._permit.forecast.started(self._request.request_id)
@@ -95,6 +104,9 @@ class ObservedSink:
     def put(self, output: SequenceOutput) -> None:
         self._permit.forecast.took(output)
         self._sink.put(output)
+        if output.finish_reason is not None and not output.token_ids:
+            self._phases.last_token = time.monotonic()  # of what samples nothing, the end
+            self._phases.first_token = self._phases.first_token or self._phases.last_token
         # What the stream has taken: tokens after a stop string are in no reply and not counted.
         taken = getattr(self._sink, "completion_tokens", 0) - self._seen_tokens
         if taken <= 0:
@@ -103,6 +115,9 @@ class ObservedSink:
         self._metrics.tokens_generated(taken)
         self._tenant.allowance.take(taken)
         now = time.monotonic()
+        phases = self._phases
+        phases.first_token, phases.last_token = phases.first_token or now, now
+        phases.output_tokens += taken
         last = self._last_tokens.get(output.sample_index)
         if last is None:
             self._metrics.first_token(now - self._request.arrival)

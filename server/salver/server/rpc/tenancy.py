@@ -11,6 +11,7 @@ from contextvars import ContextVar
 
 import grpc
 
+from salver.server.rpc.calls import current_call
 from salver.server.rpc.errors import ApiError
 from salver.server.tenants import ANYBODY, Tenant, Tenants, UnknownToken
 
@@ -60,6 +61,9 @@ class Tenancy:
                 retry_after=wait,
             )
         _current.set(tenant)
+        call = current_call()
+        if call is not None:
+            call.tenant = tenant.name
 
 
 def _bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -1,0 +1,43 @@
+"""What is known of a call while it is answered, for its trace and for the log."""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class RequestPhases:
+    """When an engine request of the call passed from phase to phase; the monotonic clock, None: not yet."""
+
+    arrival: float
+    prompt_tokens: int
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    output_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of any method."""
+
+    method: str
+    begun: float = field(default_factory=time.monotonic)
+    request_id: str = ""
+    tenant: str = ""
+    requests: list[RequestPhases] = field(default_factory=list)
+
+
+_current: ContextVar[Call | None] = ContextVar("call", default=None)
+
+
+def current_call() -> Call | None:
+    """The call that is being answered by this task."""
+    return _current.get()
+
+
+def enter_call(call: Call) -> None:
+    """`current_call()` of this task from now on."""
+    _current.set(call)
