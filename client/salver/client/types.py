@@ -238,6 +238,8 @@ class Model:
     weights_digest: str
     quantization: str
     base: str = ""
+    embedding_dimensions: int | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

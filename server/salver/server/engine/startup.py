@@ -10,6 +10,8 @@ import torch
 
 from salver.model.adapters import AdapterSet, load_adapter
 from salver.model.cache import KVCache
+from salver.model.embedding_modules import DenseModules
+from salver.model.embedding_spec import read_embedding_spec
 from salver.model.errors import CheckpointError
 from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
@@ -81,6 +83,7 @@ def start_engine(
         block_size=block_size,
         row_multiple=multiple,
         on_progress=page.bump,
+        dense=load_dense(config, spec.hidden_size),
         grammars=grammars,
         adapters=adapters,
     )
@@ -155,6 +158,16 @@ def _adapters(config: EngineConfig, model: Transformer, multiple: int) -> Adapte
         except CheckpointError as error:
             raise StartError(f"--adapter {name}: {error}") from error
     return AdapterSet(model, loaded, multiple)
+
+
+def load_dense(config: EngineConfig, hidden_size: int) -> DenseModules | None:
+    """What a sentence-transformers directory does with pooled vectors. Raises StartError."""
+    checkpoint = Path(config.checkpoint)
+    try:
+        embedding = read_embedding_spec(checkpoint)
+        return DenseModules(checkpoint, embedding, hidden_size) if embedding.dense else None
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
 
 
 def _load_draft(

@@ -155,9 +155,11 @@ def deadline_too_short(seconds: float, left: float) -> ApiError:
     )
 
 
-def task_not_supported(message: str) -> ApiError:
+def task_not_supported(message: str, **metadata: str) -> ApiError:
     """FAILED_PRECONDITION: this checkpoint cannot do that."""
-    return ApiError(grpc.StatusCode.FAILED_PRECONDITION, message, reason=TASK_NOT_SUPPORTED)
+    return ApiError(
+        grpc.StatusCode.FAILED_PRECONDITION, message, reason=TASK_NOT_SUPPORTED, metadata=metadata
+    )
 
 
 def internal(request_id: str) -> ApiError:

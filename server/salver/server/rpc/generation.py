@@ -21,7 +21,7 @@ from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
 from salver.server.rpc.grammar import GrammarCompiler, check_followable, check_structured_output
 from salver.server.rpc.prompts import PromptReader, template_of
 from salver.server.rpc.scoring import score
-from salver.server.rpc.served import Front, RequestLimits, ServedModel
+from salver.server.rpc.served import Front, RequestLimits, ServedModel, Task
 from salver.server.rpc.submission import Submissions, next_request_id
 from salver.server.rpc.tools import (
     AnswerReader,
@@ -200,6 +200,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         arrival = time.monotonic()
         deadline = deadline_of(context, arrival)
         model = model_named(request.model, self._front.model)
+        model.require(Task.GENERATE)
         params, read_prompt = self._checked(request, model)
         permit = self._admission.admit()
         try:

@@ -19,6 +19,7 @@ from salver.server.config import ServerConfig
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
 from salver.server.rpc.calls import Call
+from salver.server.rpc.encoding import EncodingService
 from salver.server.rpc.generation import GenerationService
 from salver.server.rpc.grammar import GrammarCompiler
 from salver.server.rpc.health import SERVICE_NAME as HEALTH
@@ -34,6 +35,8 @@ from salver.server.rpc.tokenization import TokenizationService
 from salver.server.rpc.tracing import Tracing
 from salver.server.tenants import Tenants
 from salver.v1 import (
+    encoding_pb2,
+    encoding_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     model_pb2,
@@ -46,7 +49,7 @@ _log = logging.getLogger("salver.rpc")
 
 SERVICES = tuple(
     service.full_name
-    for file in (generation_pb2, tokenization_pb2, model_pb2)
+    for file in (generation_pb2, encoding_pb2, tokenization_pb2, model_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 STATUS_CODES = tuple(code.name for code in grpc.StatusCode)
@@ -73,7 +76,9 @@ def all_methods() -> dict[str, tuple[bool, bool]]:
                 yield name, (method.client_streaming, method.server_streaming)
 
     methods = dict(
-        entry for file in (generation_pb2, tokenization_pb2, model_pb2, health_pb2) for entry in of_file(file)
+        entry
+        for file in (generation_pb2, encoding_pb2, tokenization_pb2, model_pb2, health_pb2)
+        for entry in of_file(file)
     )
     for name, streaming in of_file(reflection_pb2):
         methods[name] = methods[name.replace(V1ALPHA, V1)] = streaming
@@ -113,6 +118,9 @@ class RpcServer:
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(front, admission, metrics, self._prompts, self._grammars), self._server
+        )
+        encoding_pb2_grpc.add_EncodingServiceServicer_to_server(
+            EncodingService(front, admission, metrics, self._prompts), self._server
         )
         tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
             TokenizationService(front, self._prompts), self._server
