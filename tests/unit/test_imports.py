@@ -19,7 +19,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOTS = [REPOSITORY / name for name in ("protos", "client", "model", "server")]
 ENGINE = "salver.server.engine"
-WORKER = tuple(f"{ENGINE}.{name}" for name in ("batch", "draft_model", "runner", "startup", "worker"))
+WORKER = tuple(
+    f"{ENGINE}.{name}"
+    for name in (
+        "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts", "runner", "startup", "worker"
+    )
+)  # fmt: skip
 PURE = tuple(
     f"{ENGINE}.{name}"
     for name in ("request", "config", "errors", "sequence", "blocks", "drafts", "scheduler", "core", "inline")
@@ -27,7 +32,10 @@ PURE = tuple(
 # Of salver.model, what the front process uses.
 MODEL_FRONT = tuple(
     f"salver.model.{name}"
-    for name in ("tokenizer", "chat_template", "config_reader", "spec", "errors", "checkpoint", "families")
+    for name in (
+        *("tokenizer", "chat_template", "config_reader", "spec", "errors", "checkpoint", "families"),
+        *("encoder_spec", "encoder_config", "embedding_spec", "pooling"),
+    )
 )
 
 

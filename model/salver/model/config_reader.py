@@ -29,6 +29,11 @@ HARMLESS = frozenset(
     max_length min_length max_new_tokens do_sample early_stopping temperature top_k top_p typical_p
     num_beams num_beam_groups num_return_sequences diversity_penalty repetition_penalty length_penalty
     reorder_and_upcast_attn
+    attention_probs_dropout_prob hidden_dropout_prob dropout qa_dropout seq_classif_dropout
+    classifier_dropout_prob embedding_dropout mlp_dropout initializer_cutoff_factor cls_token_id
+    mask_token_id deterministic_flash_attn sparse_prediction sparse_pred_ignore_index reference_compile
+    repad_logits_with_grad summary_last_dropout net_structure_type gap_size num_memory_blocks
+    down_scale_factor
     """.split()
 )
 
@@ -99,6 +104,32 @@ class ConfigReader:
         if value is not None and value not in allowed:
             raise self.error(name, f"is {value!r}, which is not supported (supported: {allowed[0]!r})")
 
+    def integer(self, name: str, default: int | None = None) -> int:
+        """An integer of at least 0."""
+        value: int = self._or(name, self._value(name, "an integer", int), default)
+        if value < 0:
+            raise self.error(name, f"must be at least 0, not {value}")
+        return value
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        """A list of strings; () when absent."""
+        value = self._value(name, "a list of strings", list) or []
+        if not all(isinstance(item, str) for item in value):
+            raise self.error(name, f"must be a list of strings, not {value!r}")
+        return tuple(value)
+
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's outputs, in order: `id2label`; else LABEL_0 and so on, two of them."""
+        names = self._value("id2label", "an object", dict)
+        count = self.size("num_labels", 2 if names is None else len(names))
+        if names is None:
+            return tuple(f"LABEL_{i}" for i in range(count))
+        by_id = {str(key): value for key, value in names.items()}
+        wanted = [str(i) for i in range(len(by_id))]
+        if count != len(by_id) or not all(isinstance(by_id.get(i), str) for i in wanted):
+            raise self.error("id2label", "must name the labels 0, 1, ... in full")
+        return tuple(by_id[i] for i in wanted)
+
     def section(self, name: str) -> ConfigReader | None:
         """A nested object, with a reader of its own."""
         value = self._value(name, "an object", dict)
@@ -148,7 +179,7 @@ def read_spec(checkpoint: Path) -> ModelSpec:
     Token ids in generation_config.json come before those of config.json, as in transformers.
     Raises CheckpointError, naming file and field, for anything that is not implemented.
     """
-    from .families import FAMILIES
+    from .families import ENCODER_FAMILIES, FAMILIES
 
     path = checkpoint / "config.json"
     config = read_json(path)
@@ -159,7 +190,7 @@ def read_spec(checkpoint: Path) -> ModelSpec:
     if family is None:
         raise CheckpointError(
             f"{path}: architectures is {architectures[0]!r}, which is not supported "
-            f"(supported: {', '.join(sorted(FAMILIES))})"
+            f"(supported: {', '.join(sorted(FAMILIES | ENCODER_FAMILIES))})"
         )
     reader = ConfigReader(config, str(path))
     spec = family(reader)

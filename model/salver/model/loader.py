@@ -44,21 +44,37 @@ def load_model(
     model.eval()
     model.place(device)
     tell("build")
-    tensors = CheckpointTensors(checkpoint, spec.weights)
-    sources = spec.weights.expanded(spec.num_layers)
+    fill_parameters(
+        model, checkpoint, spec.weights, spec.num_layers, spec.architecture, dtype=dtype, device=device
+    )
+    tell("weights")
+    return model
+
+
+def fill_parameters(
+    model: nn.Module,
+    checkpoint: Path,
+    weights: WeightMap,
+    num_layers: int,
+    architecture: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Gives every parameter of a model on the meta device its values. Raises CheckpointError."""
+    tensors = CheckpointTensors(checkpoint, weights)
+    sources = weights.expanded(num_layers)
     tensors.check_names(sources)
     for name, parameter in list(model.named_parameters()):
         target = torch.empty(parameter.shape, dtype=dtype, device=device)
         source = sources.pop(name, None)
         if source is None:
-            raise ValueError(f"{spec.architecture}: the weight map says nothing of {name}")
+            raise ValueError(f"{architecture}: the weight map says nothing of {name}")
         tensors.write(source, target)
         _set_parameter(model, name, target)
     if sources:
-        raise ValueError(f"{spec.architecture}: the model has no {', '.join(sources)}")
+        raise ValueError(f"{architecture}: the model has no {', '.join(sources)}")
     tensors.check_duplicates()
-    tell("weights")
-    return model
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -75,8 +91,10 @@ class CheckpointTensors:
         self._files: dict[str, tuple[WeightFile, str]] = {}  # name without prefix: file, name in it
         for full_name, file in open_weights(checkpoint).items():
             name = full_name.removeprefix(weights.optional_prefix)
+            for pattern, replacement in weights.renames:
+                name = re.sub(f"{pattern}$", replacement, name)
             if name in self._files:
-                raise CheckpointError(f"{file.path}: {full_name} is there twice, with a prefix and without")
+                raise CheckpointError(f"{file.path}: {full_name} is there twice, under two names")
             self._files[name] = (file, full_name)
 
     def check_names(self, sources: dict[str, Source]) -> None:

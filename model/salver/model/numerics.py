@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .precision import default_dtype_name
 from .transformer import Transformer
@@ -25,16 +26,21 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-@torch.inference_mode()
 def row_multiple(model: Transformer) -> int:
+    """`row_multiple_of` the model's linear maps."""
+    return row_multiple_of((*model.layers.modules(), model.head or model.embed))
+
+
+@torch.inference_mode()
+def row_multiple_of(modules: Iterable[nn.Module]) -> int:
     """Smallest number to which the rows of a step are padded so that products don't tell batches apart.
 
-    Of 1, 2, 4, 8, 16 the first such that every linear map of the model gives a row the same bits
+    Of 1, 2, 4, 8, 16 the first such that every linear map among the modules gives a row the same bits
     in a batch of any multiple of it as in a large batch, wherever the row stands; 16 if none does.
     Measured on this machine, with a random row on weights of the model's shapes.
     """
     shapes: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
-    for module in (*model.layers.modules(), model.head or model.embed):
+    for module in modules:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(weight, Tensor) and weight.dim() == 2:
             shapes.setdefault((*weight.shape, bias is not None), (weight, bias))

@@ -114,12 +114,15 @@ class WeightMap:
             saved all the same); the loader compares them.
         optional_prefix: begins the checkpoint's names, or not (GPT-2 was published both ways);
             all names here are without it.
+        renames: (pattern, replacement) of old names, tried on the end of every checkpoint name
+            (`.gamma` for `.weight`).
     """
 
     tensors: dict[str, Source] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, str], ...] = ()
     optional_prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
 
     def expanded(self, num_layers: int) -> dict[str, Source]:
         """`tensors` with every layer written out."""

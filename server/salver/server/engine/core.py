@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from salver.server.engine.blocks import BlockPool
 from salver.server.engine.drafts import Speculation
@@ -24,6 +24,9 @@ from salver.server.engine.request import (
 from salver.server.engine.scheduler import Schedule, Scheduled, Scheduler
 from salver.server.engine.sequence import Sequence
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 @dataclass(slots=True)
 class RowResult:
@@ -35,6 +38,8 @@ class RowResult:
     prompt_logprobs: list[Logprobs] | None = None
     error: str = ""  # this sequence alone failed
     out_of_memory: bool = False  # because it alone does not fit
+    partial: object = None  # what `encoding` has read so far; comes back as the sequence's `partial`
+    arrays: tuple[NDArray[Any], ...] = ()  # what it asked for, once all is computed
 
 
 @dataclass(slots=True)
@@ -190,11 +195,12 @@ class EngineCore:
     def _refusal(self, request: EngineRequest) -> str:
         prompt, output = len(request.prompt_token_ids), max(map(len, request.outputs), default=0)
         total = prompt + max(request.stopping.max_tokens, output)
+        whole = request.encoding is not None and request.encoding.whole
         if prompt == 0:
             return "the prompt is empty"
         if total > self.limits.max_model_len:
             return f"{total} tokens are more than the context of {self.limits.max_model_len}"
-        if self.pool.blocks_for(total) > self.pool.num_blocks - 1:
+        if not whole and self.pool.blocks_for(total) > self.pool.num_blocks - 1:
             held = (self.pool.num_blocks - 1) * self.pool.block_size
             return f"{total} tokens are more than the cache holds ({held})"
         return ""
@@ -209,6 +215,7 @@ class EngineCore:
             return
         if row.prompt_logprobs:
             sequence.next_prompt_logprob += len(row.prompt_logprobs)
+        sequence.partial = row.partial
         self._advance_and_tell(item, row, now)
 
     def _advance_and_tell(self, item: Scheduled, row: RowResult, now: float) -> None:
@@ -234,7 +241,7 @@ class EngineCore:
             self.scheduler.speculation.checked(sequence, len(item.draft), len(row.token_ids) - 1)
         logprobs = row.logprobs[: len(token_ids)] if row.logprobs else None
         if reason is not None:
-            self._finish(sequence, reason, token_ids, logprobs, row.prompt_logprobs)
+            self._finish(sequence, reason, token_ids, logprobs, row.prompt_logprobs, arrays=row.arrays)
         elif token_ids or row.prompt_logprobs:
             self._pending.outputs.append(
                 SequenceOutput(
@@ -255,6 +262,7 @@ class EngineCore:
         logprobs: list[Logprobs] | None = None,
         prompt_logprobs: list[Logprobs] | None = None,
         error: str = "",
+        arrays: tuple[NDArray[Any], ...] = (),
     ) -> None:
         self.scheduler.finish(sequence, reason)
         self._pending.outputs.append(
@@ -268,6 +276,7 @@ class EngineCore:
                 sequence.num_cached_tokens,
                 sequence.timings(),
                 error,
+                arrays,
             )
         )
         self._forget_started(sequence.request.request_id)

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 NO_DEADLINE = float("inf")
 
@@ -51,6 +55,36 @@ class StoppingParams:
     stop_token_ids: frozenset[int] = frozenset()
 
 
+class Readout(enum.Enum):
+    """What is read of a computed input in place of sampled tokens: float32 arrays, n the input's tokens."""
+
+    TOKENS = "tokens"  # the last hidden states [n, hidden_size]
+    EMBEDDING = "embedding"  # pooled, and through the checkpoint's dense modules [dimensions]
+    SCORES = "scores"  # the head's: [labels], or [n, labels] of a head that reads every token
+    CANDIDATES = "candidates"  # the vocabulary head's most probable tokens at some positions
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingParams:
+    """Asks for arrays in place of tokens.
+
+    A `whole` input is computed in one step and leaves nothing in the cache: every token attends to
+    every other. Others are prompts like any, computed in chunks. `segments` is one id per token, or
+    empty where all are 0; `pooling` the names of `salver.model.pooling` that make an EMBEDDING.
+
+    CANDIDATES of m `positions` are three arrays: token ids int64 [m, top_k], most probable first, their
+    log-probabilities [m, top_k], and those of the `targets` [m, len(targets)].
+    """
+
+    readout: Readout
+    whole: bool = False
+    segments: tuple[int, ...] = ()
+    pooling: tuple[str, ...] = ()
+    positions: tuple[int, ...] = ()
+    top_k: int = 0
+    targets: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """A prompt and `len(outputs)` samples of its continuation.
@@ -58,7 +92,7 @@ class EngineRequest:
     `outputs[i]` are the tokens that sample `sample_indices[i]` has already (resumed, or
     from before the worker died); usually empty. They count as output for penalties,
     limits and noise positions. A request with `max_tokens` 0 computes its prompt only
-    (Score). Times are of the monotonic clock, which both processes share.
+    (Score, and everything with `encoding`). Times are of the monotonic clock, which both processes share.
     """
 
     request_id: int
@@ -74,6 +108,7 @@ class EngineRequest:
     deadline: float = NO_DEADLINE
     arrival: float = 0.0
     cache_salt: str = ""
+    encoding: EncodingParams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +145,7 @@ class SequenceOutput:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     timings: SequenceTimings | None = None  # set when it ends
     error: str = ""
+    arrays: tuple[NDArray[Any], ...] = ()  # what `encoding` asked for, when it ends
 
 
 @dataclass(slots=True)

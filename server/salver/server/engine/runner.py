@@ -15,6 +15,7 @@ from salver.model.transformer import Decoder
 from salver.server.engine.batch import Part, build_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
+from salver.server.engine.readouts import Dense, read_states
 from salver.server.engine.request import Logprobs
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
@@ -34,9 +35,11 @@ class ModelRunner:
         block_size: int,
         row_multiple: int,
         on_progress: Callable[[], None] | None = None,
+        dense: Dense | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
+        self._dense = dense
         self.block_size = block_size
         self.row_multiple = row_multiple
         self.device = model.device
@@ -44,16 +47,7 @@ class ModelRunner:
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
-        try:
-            return self._compute(schedule)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0] or "out of memory"
-        # Out of the except block, whose traceback holds the failed step's tensors.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        raise OutOfMemory(reason)
+        return within_memory(self._compute, schedule, self.device)
 
     @torch.inference_mode()
     def _compute(self, schedule: Schedule) -> StepResult:
@@ -79,6 +73,9 @@ class ModelRunner:
         for item, first_row, result in zip(schedule.scheduled, batch.first_rows, results, strict=True):
             if item.sequence.request.prompt_top_k is not None:
                 self._prompt_logprobs(item, hidden, first_row, result)
+            if item.sequence.request.encoding is not None:
+                states = hidden[first_row : first_row + item.num_tokens].float().cpu().numpy().copy()
+                read_states(item, states, result, self._dense)
         return StepResult(results, model_duration)
 
     def logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
@@ -169,6 +166,22 @@ class ModelRunner:
         hidden = self.model(token_ids, positions, self.cache, attention, on_layer=self._on_progress)
         self.logits(hidden, [0]).argmax().item()  # the read waits for the device
         return num_tokens / (time.perf_counter() - begin)
+
+
+def within_memory(
+    compute: Callable[[Schedule], StepResult], schedule: Schedule, device: torch.device
+) -> StepResult:
+    """`compute(schedule)`. Raises OutOfMemory, with the failed step's memory free again."""
+    try:
+        return compute(schedule)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or "out of memory"
+    # Out of the except block, whose traceback holds the failed step's tensors.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise OutOfMemory(reason)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -4,7 +4,9 @@ Standard library only. `schedule()` lets `num_computed_tokens` of each sequence 
 with its `num_tokens` under one token budget: running sequences first, best first, each
 sure of at least one token, then waiting ones. A prompt longer than the budget is taken
 in chunks, a cached prefix is a head start, a preempted sequence starts again from its
-tokens so far, and so does a resumed one: all the same case.
+tokens so far, and so does a resumed one: all the same case. An input that must be computed
+whole (an encoder's) takes no blocks and is never cut: it waits for a step with room, and one
+longer than that goes alone of its kind.
 
 While sequences decode, each prompt token in their step delays them. So as long as few
 sequences are on their way to their first token (one, or half as many as decode), a step has at
@@ -195,7 +197,7 @@ class Scheduler:
             needed = self.pool.blocks_for(sequence.num_tokens)
             self.pool.give_back(sequence.block_table[needed:])
             del sequence.block_table[needed:]
-        full = sequence.num_computed_tokens // size
+        full = min(sequence.num_computed_tokens // size, len(sequence.block_table))
         if full > sequence.num_registered_blocks:
             digests = sequence.digests(size, full * size)
             for index in range(sequence.num_registered_blocks, full):
@@ -237,6 +239,7 @@ class Scheduler:
         sequence.block_table = []
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
+        sequence.partial = None
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, at its old place; its tokens are computed again."""
@@ -280,7 +283,9 @@ class Scheduler:
     def _schedule_waiting(self, schedule: Schedule, budget: int, now: float) -> None:
         while budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self._best_waiting()
-            if sequence is None or not self._admit(sequence):
+            if sequence is None or not self._has_room(sequence, schedule, budget):
+                break
+            if not self._admit(sequence):
                 break
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
@@ -290,9 +295,18 @@ class Scheduler:
                 schedule.started.append(sequence)
             insort(self.running, sequence, key=lambda s: s.key)
             start = sequence.num_computed_tokens
-            num_tokens = min(sequence.num_tokens - start, budget)
+            num_tokens = sequence.num_tokens - start
+            if not sequence.whole:
+                num_tokens = min(num_tokens, budget)
             schedule.scheduled.append(Scheduled(sequence, start, num_tokens))
             budget -= num_tokens
+
+    @staticmethod
+    def _has_room(sequence: Sequence, schedule: Schedule, budget: int) -> bool:
+        """Whether this step takes the sequence: of whole ones, those that fit, and always a first one."""
+        if not sequence.whole or sequence.num_tokens <= budget:
+            return True
+        return not any(item.sequence.whole for item in schedule.scheduled)
 
     def _schedule_drafts(self, schedule: Schedule, speculation: Speculation) -> None:
         """Adds drafts to what samples in this step, out of the budget and the blocks that nobody wants."""
@@ -327,6 +341,8 @@ class Scheduler:
         All its blocks at once, so that a chunked prompt never stops half way for want of
         blocks; and while others run, one block is left for each of them to grow into.
         """
+        if sequence.whole:
+            return True
         hits: list[int] = []
         if sequence.reads_prefix_cache:
             # A full hit still computes the last token: its logits are what is wanted.

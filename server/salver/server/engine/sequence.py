@@ -47,6 +47,7 @@ class Sequence:
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "partial",
         "preemptions",
         "request",
         "sample_index",
@@ -65,6 +66,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
         self.num_registered_blocks = 0
+        self.partial: object = None  # what the runner has read of the computed tokens, for `encoding`
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.followers: list[Sequence] = []
@@ -91,8 +93,15 @@ class Sequence:
         return self.request.stopping.max_tokens > 0
 
     @property
+    def whole(self) -> bool:
+        """Whether all its tokens are computed in one step, without a cache."""
+        return self.request.encoding is not None and self.request.encoding.whole
+
+    @property
     def reads_prefix_cache(self) -> bool:
-        """A hit skips positions, so a prompt whose log-probabilities are still to be told takes none."""
+        """A hit skips positions, so a prompt of which every position is still to be read takes none."""
+        if self.request.encoding is not None:
+            return False
         return self.request.prompt_top_k is None or self.next_prompt_logprob >= self.num_prompt_tokens
 
     @property

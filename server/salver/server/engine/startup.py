@@ -44,9 +44,9 @@ def start_engine(
 
     `phases` holds what the caller has timed, up to `begin` (of time.perf_counter). Raises StartError.
     """
-    timer = _PhaseTimer(phases, page, begin)
-    device = _device(config)
-    threads = _threads(config)
+    timer = PhaseTimer(phases, page, begin)
+    device = find_device(config)
+    threads = use_threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     model = _load(config, config.checkpoint, device, dtype)
     spec = model.spec
@@ -91,7 +91,7 @@ def start_engine(
         check_integrity=config.check_integrity,
     )
     ready = Ready(
-        device=_device_name(device),
+        device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         quantization=config.quantization,
         torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
@@ -172,7 +172,7 @@ def _step_costs(runner: ModelRunner, budget: int) -> StepCosts:
     return StepCosts([(n, min(runner.measure_decode(n) for _ in range(2))) for n in rows])
 
 
-class _PhaseTimer:
+class PhaseTimer:
     """Times the parts of the start and gives a sign of life after each."""
 
     def __init__(self, phases: list[tuple[str, float]], page: StatusPage, begin: float) -> None:
@@ -187,7 +187,7 @@ class _PhaseTimer:
         self._page.bump()
 
 
-def _device(config: EngineConfig) -> torch.device:
+def find_device(config: EngineConfig) -> torch.device:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise StartError("--device cuda: torch finds no CUDA device here (--device cpu, or auto)")
@@ -196,11 +196,11 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
 
 
-def _threads(config: EngineConfig) -> int:
+def use_threads(config: EngineConfig) -> int:
     """As many threads as this process may use processors, unless told."""
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)

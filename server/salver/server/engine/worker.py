@@ -44,10 +44,11 @@ def _serve(channel: Channel, page: StatusPage) -> int:
     import torch  # noqa: F401
 
     imported = time.perf_counter()
-    from salver.server.engine.startup import StartError, start_engine
+    from salver.server.engine.encoder_startup import start_any_engine
+    from salver.server.engine.startup import StartError
 
     try:
-        core, ready = start_engine(config, page, [("import torch", imported - begin)], imported)
+        core, ready = start_any_engine(config, page, [("import torch", imported - begin)], imported)
     except StartError as error:
         channel.send(Failed(str(error)))
         return 1

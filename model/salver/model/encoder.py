@@ -1,0 +1,300 @@
+"""One stack for every encoder: a flat, padding-free batch in, hidden states of every token out.
+
+    rows       [N, hidden]   the inputs' tokens one after the other, equal lengths side by side
+    attention  for each run of inputs of one length n: [count, heads, n, head_dim]
+
+No input sees another, and inputs of equal length are computed by one call whose parts do not know one
+another, so that a batch changes nothing but speed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .encoder_spec import EncoderSpec, HeadSpec, RelativeBuckets
+from .layers import ACTIVATIONS, Linear, Norm, Rotation, Weights, rope_frequencies
+
+ENCODER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**ACTIVATIONS, "tanh": torch.tanh}
+MASKED = -math.inf
+
+
+@dataclass(slots=True)
+class EncoderBatch:
+    """Whole inputs, one after the other; N flat rows, the last ones padding."""
+
+    token_ids: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N], rows of the position table (or just positions, for rotation)
+    segments: Tensor  # int64 [N]
+    cu_seqlens: list[int]  # where each input begins, and the end of the last
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(first row, inputs, length) of each run of inputs of one length."""
+        lengths = [end - start for start, end in itertools.pairwise(self.cu_seqlens)]
+        found: list[tuple[int, int, int]] = []
+        row = 0
+        for length, group in itertools.groupby(lengths):
+            count = len(list(group))
+            found.append((row, count, length))
+            row += count * length
+        return found
+
+
+def build_encoder_batch(
+    spec: EncoderSpec,
+    inputs: Sequence[Sequence[int]],
+    segments: Sequence[Sequence[int]],
+    *,
+    row_multiple: int,
+    device: torch.device,
+) -> EncoderBatch:
+    """Lays the inputs one after the other; `segments` are empty where all are 0.
+
+    Equal lengths should stand side by side. The number of rows is padded to `row_multiple`.
+    """
+    token_ids: list[int] = []
+    positions: list[int] = []
+    segment_ids: list[int] = []
+    bounds = [0]
+    table = spec.positions
+    for ids, kinds in zip(inputs, segments, strict=True):
+        token_ids += ids
+        segment_ids += kinds or [0] * len(ids)
+        first = 0 if table is None else table.offset
+        if table is not None and table.padding_id is not None and table.padding_id in ids:
+            counted = itertools.accumulate(int(token != table.padding_id) for token in ids)
+            positions += [
+                first - 1 + (count if token != table.padding_id else 0)
+                for token, count in zip(ids, counted, strict=True)
+            ]
+        else:
+            positions += range(first, first + len(ids))
+        bounds.append(len(token_ids))
+    padding = [0] * (-len(token_ids) % row_multiple)
+    flat = torch.tensor([token_ids + padding, positions + padding, segment_ids + padding], device=device)
+    return EncoderBatch(flat[0], flat[1], flat[2], bounds)
+
+
+class SelfAttention:
+    """Softmax attention of every token to every other of its input, with a bias and a window if need be."""
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+
+    def __call__(self, qkv: Tensor, runs: list[tuple[int, int, int]], masks: Masks) -> Tensor:
+        """[N, heads x head_dim] of queries, keys, values [N, 3, heads, head_dim]; padding rows are 0."""
+        out = qkv.new_zeros((qkv.shape[0], self.num_heads, self.head_dim))
+        for row, count, length in runs:
+            rows = slice(row, row + count * length)
+            parts = qkv[rows].view(count, length, 3, self.num_heads, self.head_dim)
+            query, key, value = parts.permute(2, 0, 3, 1, 4)
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=masks.of(length))
+            out[rows] = found.transpose(1, 2).reshape(count * length, self.num_heads, self.head_dim)
+        return out.flatten(1)
+
+
+class Masks:
+    """What is added to the scores of a layer, by length: [heads or 1, n, n], or nothing."""
+
+    def __init__(self, bias: Callable[[int], Tensor] | None, window: int, like: Tensor) -> None:
+        self._bias = bias
+        self._window = window
+        self._like = like
+        self._found: dict[int, Tensor | None] = {}
+
+    def of(self, length: int) -> Tensor | None:
+        if length not in self._found:
+            self._found[length] = self._make(length)
+        return self._found[length]
+
+    def _make(self, length: int) -> Tensor | None:
+        mask = None if self._bias is None else self._bias(length)
+        if self._window and length > self._window + 1:
+            places = torch.arange(length, device=self._like.device)
+            outside = (places[:, None] - places[None]).abs() > self._window
+            hidden = torch.zeros((1, length, length), dtype=self._like.dtype, device=self._like.device)
+            hidden.masked_fill_(outside, MASKED)
+            mask = hidden if mask is None else mask + hidden
+        return mask
+
+
+class EncoderLayer(nn.Module):
+    """Attention and MLP with their norms behind or before them."""
+
+    def __init__(self, spec: EncoderSpec, *, attention_norm: bool = True) -> None:
+        super().__init__()
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        self.num_heads, self.head_dim = spec.num_heads, spec.head_dim
+        self.pre_norm = spec.pre_norm
+        self.gated = spec.gated
+        self.activation = ENCODER_ACTIVATIONS[spec.activation]
+        self.attention = SelfAttention(spec.num_heads, spec.head_dim)
+        self.qkv = Linear(3 * hidden, hidden, bias=spec.qkv_bias)
+        self.attention_out = Linear(hidden, hidden, bias=spec.attention_out_bias)
+        self.attention_norm = Norm(spec.norm, hidden) if attention_norm else None
+        self.up = Linear(2 * inner if spec.gated else inner, hidden, bias=spec.mlp_bias)  # gate, up
+        self.down = Linear(hidden, inner, bias=spec.mlp_bias)
+        self.mlp_norm = Norm(spec.norm, hidden)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation | None, runs: list[tuple[int, int, int]], masks: Masks
+    ) -> Tensor:
+        """[N, hidden] to [N, hidden]."""
+        normed = x if not self.pre_norm or self.attention_norm is None else self.attention_norm(x)
+        heads = self.qkv(normed).view(x.shape[0], 3, self.num_heads, self.head_dim)
+        if rotation is not None:
+            turned = rotation(heads[:, :2].reshape(x.shape[0], 2 * self.num_heads, self.head_dim))
+            heads = torch.cat((turned.view(x.shape[0], 2, self.num_heads, self.head_dim), heads[:, 2:]), 1)
+        x = x + self.attention_out(self.attention(heads, runs, masks))
+        if not self.pre_norm and self.attention_norm is not None:
+            x = self.attention_norm(x)
+        inner = self.up(self.mlp_norm(x) if self.pre_norm else x)
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            # Of one row the half is contiguous, of more it is not, and GELU rounds the two differently.
+            inner = self.activation(gate.contiguous()) * up
+        else:
+            inner = self.activation(inner)
+        x = x + self.down(inner)
+        return x if self.pre_norm else self.mlp_norm(x)
+
+
+class Head(nn.Module):
+    """What a `HeadSpec` says: dense, activation, norm, out."""
+
+    def __init__(self, spec: HeadSpec, hidden_size: int) -> None:
+        super().__init__()
+        width = spec.dense_size or hidden_size
+        self.dense = Linear(width, hidden_size, bias=spec.dense_bias) if spec.dense_size else None
+        self.activation = ENCODER_ACTIVATIONS[spec.activation]
+        self.norm = Norm(spec.norm, width) if spec.norm is not None else None
+        self.out = None if spec.tied else Linear(spec.size, width, bias=spec.out_bias)
+        self.bias = Weights(spec.size) if spec.tied and spec.out_bias else None
+        self.tied_product: Callable[[Tensor], Tensor] | None = None  # of another kernel
+
+    def forward(self, x: Tensor, tied: Tensor) -> Tensor:
+        """[R, size] of [R, hidden]; `tied` is the matrix of a tied output."""
+        if self.dense is not None:
+            x = self.activation(self.dense(x))
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.out is not None:
+            out: Tensor = self.out(x)
+            return out
+        if self.tied_product is not None:
+            return self.tied_product(x)
+        return F.linear(x, tied, None if self.bias is None else self.bias.weight)
+
+
+class Encoder(nn.Module):
+    """An encoder built from its spec. Parameters are uninitialized until `load_encoder` fills them."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        size = spec.embedding_size or spec.hidden_size
+        self.embed = Weights(spec.vocab_size, size)
+        table = spec.positions
+        rows = 0 if table is None else spec.max_input_tokens + table.offset
+        self.positions = Weights(rows, size) if rows else None
+        self.segments = Weights(spec.num_segments, size) if spec.num_segments else None
+        self.embedding_norm = Norm(spec.norm, size)
+        self.embedding_projection = (
+            Linear(spec.hidden_size, size, bias=True) if spec.embedding_projection else None
+        )
+        self.buckets = Weights(spec.buckets.num_buckets, spec.num_heads) if spec.buckets else None
+        self.layers = nn.ModuleList(
+            EncoderLayer(spec, attention_norm=spec.first_norm or index > 0)
+            for index in range(spec.num_layers)
+        )
+        self.final_norm = Norm(spec.norm, spec.hidden_size) if spec.final_norm else None
+        self.head = Head(spec.head, spec.hidden_size) if spec.head else None
+        self.rope: Tensor | None = None
+        self.local_rope: Tensor | None = None
+
+    def place(self, device: torch.device) -> None:
+        """Computes what is derived from the spec, on the device. The loader calls it."""
+        spec = self.spec
+        if spec.rope is not None:
+            self.rope = rope_frequencies(spec.rope, spec.head_dim).to(device)
+            local = spec.local_rope or spec.rope
+            self.local_rope = rope_frequencies(local, spec.head_dim).to(device)
+
+    def forward(self, batch: EncoderBatch, on_layer: Callable[[], None] | None = None) -> Tensor:
+        """Hidden states [N, hidden_size] after the last layer. `on_layer` is called after each layer."""
+        spec = self.spec
+        x = F.embedding(batch.token_ids, self.embed.weight)
+        # In the order in which the reference adds them, which is seen in the last bits.
+        if self.segments is not None:
+            x = x + F.embedding(batch.segments, self.segments.weight)
+        if self.positions is not None:
+            x = x + F.embedding(batch.positions, self.positions.weight)
+        x = self.embedding_norm(x)
+        if self.embedding_projection is not None:
+            x = self.embedding_projection(x)
+        rotation = local = None
+        if self.rope is not None and self.local_rope is not None:
+            rotation = Rotation(self.rope, batch.positions, x.dtype)
+            local = Rotation(self.local_rope, batch.positions, x.dtype) if spec.windows else rotation
+        bias = None if self.buckets is None or spec.buckets is None else self._bucket_bias
+        masks = {
+            window: Masks(bias, window, x) for window in {spec.window(i) for i in range(len(spec.order))}
+        }
+        runs = batch.runs()
+        for step, index in enumerate(spec.order):
+            window = spec.window(step)
+            x = self.layers[index](x, local if window else rotation, runs, masks[window])
+            if on_layer is not None:
+                on_layer()
+        hidden: Tensor = x if self.final_norm is None else self.final_norm(x)
+        return hidden
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """float32 [R, head.size] of hidden rows [R, hidden_size], by the head."""
+        if self.head is None:
+            raise ValueError(f"{self.spec.architecture} has no head")
+        found: Tensor = self.head(rows, self.embed.weight)
+        return found.float()
+
+    def _bucket_bias(self, length: int) -> Tensor:
+        """[heads, n, n]"""
+        assert self.buckets is not None and self.spec.buckets is not None
+        places = torch.arange(length, device=self.device)
+        found = relative_buckets(places[None] - places[:, None], self.spec.buckets)
+        rows: Tensor = F.embedding(found, self.buckets.weight)
+        return rows.permute(2, 0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Weights; a tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def relative_buckets(distance: Tensor, spec: RelativeBuckets) -> Tensor:
+    """The bucket of each key's distance from its query: half for either side, far ones by logarithm.
+
+    (Raffel et al. 2020, bidirectional.)
+    """
+    half = spec.num_buckets // 2
+    behind = (distance > 0).long() * half
+    distance = distance.abs()
+    exact = half // 2
+    far = (
+        exact
+        + (torch.log(distance.float() / exact) / math.log(spec.max_distance / exact) * (half - exact)).long()
+    )
+    return behind + torch.where(distance < exact, distance, far.clamp(max=half - 1))

@@ -1,0 +1,171 @@
+"""From a configuration to a warm engine, for an encoder: no cache, no sampling, no speculation."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from salver.model.embedding_modules import DenseModules
+from salver.model.embedding_spec import read_embedding_spec
+from salver.model.encoder import Encoder
+from salver.model.encoder_config import read_any_spec
+from salver.model.encoder_loader import load_encoder
+from salver.model.encoder_spec import EncoderSpec
+from salver.model.errors import CheckpointError
+from salver.model.kernels.build import KernelUnavailable, source_digest
+from salver.model.layers import Linear
+from salver.model.numerics import numerics_id, row_multiple_of
+from salver.server.engine.config import EngineConfig
+from salver.server.engine.core import EngineCore, EngineLimits
+from salver.server.engine.encoder_runner import EncoderRunner
+from salver.server.engine.request import Ready
+from salver.server.engine.startup import (
+    BLOCK_SIZE,
+    DTYPES,
+    STEP_SECONDS,
+    WARM_UP_RUNS,
+    WARM_UP_TOKENS,
+    PhaseTimer,
+    StartError,
+    device_name,
+    find_device,
+    start_engine,
+    use_threads,
+)
+from salver.server.engine.status_page import StatusPage
+
+MAX_INPUTS = 256  # in one step, unless told
+NO_BLOCKS = 2  # the smallest pool; whole inputs never take from it
+
+
+def start_any_engine(
+    config: EngineConfig, page: StatusPage, phases: list[tuple[str, float]], begin: float
+) -> tuple[EngineCore, Ready]:
+    """`start_engine` for a decoder, `start_encoder` for an encoder. Raises StartError."""
+    try:
+        spec = read_any_spec(Path(config.checkpoint))
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
+    if isinstance(spec, EncoderSpec):
+        return start_encoder(config, spec, page, phases, begin)
+    return start_engine(config, page, phases, begin)
+
+
+def start_encoder(
+    config: EngineConfig, spec: EncoderSpec, page: StatusPage, phases: list[tuple[str, float]], begin: float
+) -> tuple[EngineCore, Ready]:
+    """Loads the checkpoint and makes a core ready to step; see `start_engine`. Raises StartError."""
+    timer = PhaseTimer(phases, page, begin)
+    _refuse_flags(config)
+    device = find_device(config)
+    threads = use_threads(config)
+    model, dense = _load(config, spec, device)
+    parameters, dtype = model.num_parameters(), model.dtype
+    timer.done("load weights")
+    kernels = _use_kernels(config, model, threads)
+    native = kernels == "native"
+    timer.done("pack weights" if native else "choose kernels")
+    linear = [module for module in model.modules() if isinstance(module, Linear)]
+    multiple = 1 if native or config.numerics == "fast" else row_multiple_of(linear)
+    timer.done("probe numerics")
+    max_model_len = config.max_model_len or spec.max_input_tokens
+    if max_model_len > spec.max_input_tokens:
+        raise StartError(f"--max-model-len {max_model_len}: the model reads at most {spec.max_input_tokens}")
+    runner = EncoderRunner(model, row_multiple=multiple, dense=dense, on_progress=page.bump)
+    max_num_seqs = config.max_num_seqs or MAX_INPUTS
+    budget = config.max_num_batched_tokens or _token_budget(runner, max_model_len, max_num_seqs)
+    if budget < max_num_seqs:
+        raise StartError(
+            f"--max-num-batched-tokens ({budget}) must be at least --max-num-seqs ({max_num_seqs}): "
+            "every input is a token at least"
+        )
+    timer.done("warm up")
+    limits = EngineLimits(
+        num_blocks=NO_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        priority_interval=config.priority_interval,
+        enable_prefix_caching=False,
+        check_integrity=config.check_integrity,
+    )
+    ready = Ready(
+        device=device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=config.quantization,
+        torch_version=str(torch.__version__),
+        kernels=kernels,
+        numerics_id=numerics_id(
+            device,
+            dtype,
+            weights_digest=config.weights_digest,
+            quantization=config.quantization,
+            numerics=config.numerics,
+            threads=threads,
+            row_multiple=multiple,
+            kernel=source_digest() if native else "",
+        ),
+        num_parameters=parameters,
+        num_blocks=1,  # the null block: there is no cache
+        block_size=BLOCK_SIZE,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        phases=tuple(phases),
+    )
+    return EngineCore(runner, limits, clock=time.monotonic), ready
+
+
+def _refuse_flags(config: EngineConfig) -> None:
+    """Flags that would do nothing. Raises StartError."""
+    if config.quantization != "none":
+        raise StartError(f"--quantization {config.quantization}: not implemented for encoders")
+    if config.kv_cache_memory is not None:
+        raise StartError("--kv-cache-memory: an encoder has no key-value cache")
+    if config.speculation == "draft":
+        raise StartError("--speculative-model: an encoder generates nothing")
+
+
+def _load(
+    config: EngineConfig, spec: EncoderSpec, device: torch.device
+) -> tuple[Encoder, DenseModules | None]:
+    """In float32 on a CPU unless told: who reads embeddings compares numbers, and it is as fast there."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = auto if config.dtype == "auto" else DTYPES[config.dtype]
+    checkpoint = Path(config.checkpoint)
+    try:
+        model = load_encoder(checkpoint, spec, device=device, dtype=dtype)
+        embedding = read_embedding_spec(checkpoint)
+        return model, DenseModules(checkpoint, embedding, spec.hidden_size) if embedding.dense else None
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
+
+
+def _use_kernels(config: EngineConfig, model: Encoder, threads: int) -> str:
+    """Gives the products to the native kernel; "native", or "torch" and why. Raises StartError."""
+    if config.kernels == "torch":
+        return "torch"
+    try:
+        if not config.kernel_library:
+            raise KernelUnavailable(config.no_kernel or "it is for the CPU")
+        from salver.model.kernels.library import Library
+        from salver.model.kernels.linear import use_native_products
+
+        use_native_products(model, Library(Path(config.kernel_library)), threads)
+        return "native"
+    except KernelUnavailable as error:
+        if config.kernels == "native":
+            raise StartError(f"--kernels native: {error}") from error
+        return f"torch ({error})"
+
+
+def _token_budget(runner: EncoderRunner, max_model_len: int, max_num_seqs: int) -> int:
+    """Tokens of a step that takes about STEP_SECONDS: of the best of some short runs."""
+    length = min(WARM_UP_TOKENS, max_model_len)
+    speed = length / min(runner.measure([length]) for _ in range(1 + WARM_UP_RUNS))
+    return max(128, max_num_seqs, min(int(speed * STEP_SECONDS) // 64 * 64, 16384))

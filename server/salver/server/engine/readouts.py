@@ -1,0 +1,42 @@
+"""What an `encoding` request reads of the hidden states, chunk by chunk; numpy on the worker's side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from salver.model.pooling import Pool
+from salver.server.engine.core import RowResult
+from salver.server.engine.request import Readout
+from salver.server.engine.scheduler import Scheduled
+
+Dense = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def read_states(item: Scheduled, hidden: NDArray[np.float32], result: RowResult, dense: Dense | None) -> None:
+    """TOKENS and EMBEDDING of the part's hidden states [n, hidden_size]; arrays once all is computed.
+
+    Leaves the sequence alone: what was read so far goes into the result, so that the part can be
+    computed again.
+    """
+    sequence = item.sequence
+    encoding = sequence.request.encoding
+    assert encoding is not None
+    if not np.isfinite(hidden).all():
+        result.error = "the model's hidden states are not numbers"
+        return
+    ends = item.start + item.num_tokens == sequence.num_tokens
+    if encoding.readout is Readout.TOKENS:
+        chunks = (*cast(tuple[NDArray[np.float32], ...], sequence.partial or ()), hidden)
+        result.partial = chunks
+        if ends:
+            result.arrays = (np.concatenate(chunks),)
+        return
+    pool = (cast(Pool | None, sequence.partial) or Pool(encoding.pooling)).add(hidden)
+    result.partial = pool
+    if ends:
+        vector = pool.vector()
+        result.arrays = (vector if dense is None else dense(vector),)
