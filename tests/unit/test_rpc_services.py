@@ -366,7 +366,8 @@ def test_chat_without_a_template() -> None:
             assert code is Code.FAILED_PRECONDITION
             assert details["ErrorInfo"].reason == "TASK_NOT_SUPPORTED"
             models = (await served.models.ListModels(model_pb2.ListModelsRequest())).models
-            assert list(models[0].tasks) == [model_pb2.TASK_GENERATE, model_pb2.TASK_SCORE]
+            tasks = [model_pb2.TASK_GENERATE, model_pb2.TASK_SCORE, model_pb2.TASK_EMBED]
+            assert list(models[0].tasks) == tasks
 
     run(test)
 

@@ -10,9 +10,25 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from salver.client import rpcs
+from salver.client import encoding, rpcs
 from salver.client.addresses import Address, to_target
 from salver.client.convert import Conversation, PromptLike
+from salver.client.encoding import (
+    Answer,
+    Classification,
+    ClassifyOptions,
+    ClassifyTokensOptions,
+    Embedding,
+    EmbedOptions,
+    ExtractAnswerOptions,
+    FilledMask,
+    FillMaskOptions,
+    RankedDocument,
+    RerankOptions,
+    TextOrPair,
+    Texts,
+    TokenClassification,
+)
 from salver.client.errors import Cancelled, SalverError, from_rpc_error
 from salver.client.options import DEFAULT_TIMEOUT, ConnectionOptions
 from salver.client.resumption import Attempts, Resumption
@@ -208,6 +224,56 @@ class Client:
         """The log-likelihood of each (context, continuation), in order."""
         results: list[ScoreResult] = self._call(rpcs.score(inputs, options))
         return results
+
+    def embed(
+        self, inputs: PromptLike | Iterable[PromptLike], **options: Unpack[EmbedOptions]
+    ) -> list[Embedding]:
+        """The vectors of texts (or of prompts of token ids), in order."""
+        request = encoding.embed_request(inputs, options)
+        found: list[Embedding] = self._call(rpcs.encode("Embed", request, encoding.embeddings, options))
+        return found
+
+    def rerank(self, query: str, documents: Texts, **options: Unpack[RerankOptions]) -> list[RankedDocument]:
+        """Documents by their relevance to the query, best first."""
+        request = encoding.rerank_request(query, documents, options)
+        found: list[RankedDocument] = self._call(rpcs.encode("Rerank", request, encoding.ranking, options))
+        return found
+
+    def classify(
+        self, inputs: TextOrPair | Sequence[TextOrPair], **options: Unpack[ClassifyOptions]
+    ) -> list[Classification]:
+        """The labels of texts, or of pairs (tuples of two)."""
+        request = encoding.classify_request(inputs, options)
+        found: list[Classification] = self._call(
+            rpcs.encode("Classify", request, encoding.classifications, options)
+        )
+        return found
+
+    def classify_tokens(
+        self, inputs: Texts, **options: Unpack[ClassifyTokensOptions]
+    ) -> list[TokenClassification]:
+        """The labels of tokens, or of the spans that they make up (`aggregation`)."""
+        request = encoding.classify_tokens_request(inputs, options)
+        found: list[TokenClassification] = self._call(
+            rpcs.encode("ClassifyTokens", request, encoding.token_classifications, options)
+        )
+        return found
+
+    def fill_mask(self, inputs: Texts, **options: Unpack[FillMaskOptions]) -> list[tuple[FilledMask, ...]]:
+        """What may stand in the place of each text's mask tokens."""
+        request = encoding.fill_mask_request(inputs, options)
+        found: list[tuple[FilledMask, ...]] = self._call(
+            rpcs.encode("FillMask", request, encoding.fillings, options)
+        )
+        return found
+
+    def extract_answer(
+        self, question: str, context: str, **options: Unpack[ExtractAnswerOptions]
+    ) -> list[Answer]:
+        """The spans of the context that answer the question, best first."""
+        request = encoding.extract_answer_request(question, context, options)
+        found: list[Answer] = self._call(rpcs.encode("ExtractAnswer", request, encoding.answers, options))
+        return found
 
     def tokenize(
         self, text: str, *, add_special_tokens: bool | None = None, timeout: float | None = None

@@ -158,6 +158,8 @@ def from_model(model: model_pb2.Model) -> Model:
         eos_token_ids=tuple(model.eos_token_ids),
         bos_token_id=model.bos_token_id if model.HasField("bos_token_id") else None,
         weights_digest=model.weights_digest,
+        embedding_dimensions=model.embedding_dimensions if model.HasField("embedding_dimensions") else None,
+        labels=tuple(model.labels),
     )
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from salver.client import convert, health
+from salver.client import convert, encoding, health
 from salver.client.convert import Conversation, PromptLike
 from salver.client.options import DEFAULT_TIMEOUT, GENERATION_TIMEOUT
 from salver.client.types import ChatOptions, GenerationOptions, Resume, ScoreOptions
 from salver.v1 import (
     common_pb2,
+    encoding_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     model_pb2,
@@ -30,6 +31,7 @@ class Stubs:
 
     def __init__(self, channel: Any) -> None:
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.encoding: Any = encoding_pb2_grpc.EncodingServiceStub(channel)
         self.tokenization: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)
         self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
         self.health: Any = health.check(channel)
@@ -76,6 +78,11 @@ def score(inputs: Iterable[tuple[PromptLike, PromptLike]], options: ScoreOptions
     request = convert.to_score(inputs, options)
     timeout = options.get("timeout") or GENERATION_TIMEOUT
     return Rpc(attrgetter("generation.Score"), request, convert.from_score, timeout, True)
+
+
+def encode(method: str, request: Any, decode: Callable[[Any], Any], options: Any) -> Rpc:
+    """A call of EncodingService; the same request has the same answer, so it may be begun anew."""
+    return Rpc(attrgetter(f"encoding.{method}"), request, decode, encoding.timeout_of(options), True)
 
 
 def tokenize(text: str, add_special_tokens: bool | None, timeout: float | None) -> Rpc:

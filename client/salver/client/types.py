@@ -176,6 +176,8 @@ class Model:
     bos_token_id: int | None
     weights_digest: str
     quantization: str
+    embedding_dimensions: int | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

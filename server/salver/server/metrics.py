@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 
 from salver.server.engine.request import SequenceTimings, StepMessage
 
-FINISH_REASONS = ("stop", "length", "abort", "score")
+FINISH_REASONS = ("stop", "length", "abort", "score", "encode")
 REJECTIONS = ("queue_requests", "queue_tokens", "loading", "draining", "unavailable")
 
 # Seconds. From 1 ms, where a cached prefix on a small model answers, to the longest generations.

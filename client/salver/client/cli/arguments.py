@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from salver.client.cli import chat, commands
+from salver.client.cli import chat, commands, encoding
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--temperature", float, "0 is greedy"),
@@ -49,6 +49,8 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     score.add_argument("context")
     score.add_argument("continuations", nargs="+", metavar="CONTINUATION")
 
+    _encoding_commands(subparsers)
+
     tokenize = _command(subparsers, "tokenize", commands.tokenize, "the tokens of a text")
     tokenize.add_argument("text", help="- reads it from standard input")
 
@@ -62,6 +64,47 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     health.add_argument("service", nargs="?", default="", help="readiness, liveness or a service's full name")
     health.add_argument("--wait", type=float, metavar="SECONDS", help="wait so long for SERVING")
     return parser
+
+
+def _encoding_commands(subparsers: Any) -> None:
+    embed = _command(subparsers, "embed", encoding.embed, "the vector of a text, or how alike several are")
+    embed.add_argument("texts", nargs="+", metavar="TEXT", help="- reads one from standard input")
+    embed.add_argument("--dimensions", type=int, help="the first so many numbers")
+    embed.add_argument("--prompt-name", help="one of the checkpoint's prompts")
+    embed.add_argument("--pooling", help="cls, mean, max, last_token or weighted_mean")
+
+    rerank = _command(subparsers, "rerank", encoding.rerank, "documents by their relevance to a query")
+    rerank.add_argument("query")
+    rerank.add_argument("documents", nargs="+", metavar="DOCUMENT")
+    rerank.add_argument("--top-n", type=int, help="the best so many")
+
+    classify = _command(subparsers, "classify", encoding.classify, "the labels of a text or a pair")
+    classify.add_argument("text", help="- reads it from standard input")
+    classify.add_argument("pair", nargs="?", help="a second text, read together with the first")
+    classify.add_argument("--top-k", type=int, help="the best so many labels")
+
+    spans = _command(subparsers, "classify-tokens", encoding.classify_tokens, "labelled spans of a text")
+    spans.add_argument("text", help="- reads it from standard input")
+    spans.add_argument(
+        "--aggregation", default="simple", choices=("none", "simple", "first", "average", "max"),
+        help="how tokens become spans (default: simple)",
+    )  # fmt: skip
+
+    fill = _command(subparsers, "fill-mask", encoding.fill_mask, "what may stand where the mask token is")
+    fill.add_argument("text", help="with the model's mask token, as [MASK]; - reads it from standard input")
+    fill.add_argument("--top-k", type=int, help="candidates for each mask (default: 5)")
+    fill.add_argument("--targets", nargs="+", metavar="TOKEN", help="score these instead")
+
+    answer = _command(subparsers, "answer", encoding.answer, "what in a context answers a question")
+    answer.add_argument("question")
+    answer.add_argument("context", help="- reads it from standard input")
+    answer.add_argument("--top-k", type=int, help="the best so many (default: 1)")
+    answer.add_argument("--allow-no-answer", action="store_true", default=None, help="it may have none")
+
+    for parser in (embed, rerank, classify, spans, fill):
+        parser.add_argument(
+            "--truncate", action="store_true", default=None, help="leave out the end of what is too long"
+        )
 
 
 def _command(subparsers: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

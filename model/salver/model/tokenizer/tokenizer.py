@@ -11,6 +11,8 @@ import tokenizers
 
 from ..errors import CheckpointError
 from .decoding import Decoding, read_decoding
+from .encoding import EncodedText, encoded
+from .vocabulary_files import read_vocabulary_files
 
 
 class Tokenizer:
@@ -28,6 +30,7 @@ class Tokenizer:
         *,
         bos_token_id: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
+        mask_token_id: int | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -37,6 +40,7 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
+        self.mask_token_id = mask_token_id
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
 
@@ -44,13 +48,17 @@ class Tokenizer:
     def from_directory(cls, path: Path) -> Tokenizer:
         """Read tokenizer.json and the ids beside it. Raises CheckpointError, naming the file."""
         file = path / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; only tokenizers in that format are implemented")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # what the library raises is a bare Exception
-            raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
         settings = read_json(path / "tokenizer_config.json")
+        if file.is_file():
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(file))
+            except Exception as error:  # what the library raises is a bare Exception
+                raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+        else:
+            found = read_vocabulary_files(path, settings)
+            if found is None:
+                raise CheckpointError(f"{file}: missing, and neither vocab.txt nor vocab.json is there")
+            backend = found
         config = read_json(path / "config.json")
         generation = read_json(path / "generation_config.json")
         bos = _named_id(backend, settings.get("bos_token"))
@@ -62,7 +70,10 @@ class Tokenizer:
         if not eos:
             named = _named_id(backend, settings.get("eos_token"))
             eos = () if named is None else (named,)
-        return cls(backend, bos_token_id=bos, eos_token_ids=eos)
+        mask = _named_id(backend, settings.get("mask_token"))
+        if mask is None:
+            mask = next((i for i in map(backend.token_to_id, ("[MASK]", "<mask>")) if i is not None), None)
+        return cls(backend, bos_token_id=bos, eos_token_ids=eos, mask_token_id=mask)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. Special tokens spelled in it are recognized, as in transformers."""
@@ -70,6 +81,16 @@ class Tokenizer:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
+
+    def encode_input(self, text: str, pair: str | None = None) -> EncodedText:
+        """A text, or a pair that is read together, with its special tokens."""
+        (encoding,) = self._backend.encode_batch([text if pair is None else (text, pair)])
+        return encoded(encoding)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
         """(id, start, end) of each token of `text`, in code points.

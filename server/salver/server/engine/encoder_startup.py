@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from salver.model.embedding_modules import DenseModules
-from salver.model.embedding_spec import read_embedding_spec
 from salver.model.encoder import Encoder
 from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_loader import load_encoder
@@ -31,6 +29,7 @@ from salver.server.engine.startup import (
     StartError,
     device_name,
     find_device,
+    load_dense,
     start_engine,
     use_threads,
 )
@@ -61,7 +60,7 @@ def start_encoder(
     _refuse_flags(config)
     device = find_device(config)
     threads = use_threads(config)
-    model, dense = _load(config, spec, device)
+    model, dense = _load(config, spec, device), load_dense(config, spec.hidden_size)
     parameters, dtype = model.num_parameters(), model.dtype
     timer.done("load weights")
     kernels = _use_kernels(config, model, threads)
@@ -129,17 +128,12 @@ def _refuse_flags(config: EngineConfig) -> None:
         raise StartError("--speculative-model: an encoder generates nothing")
 
 
-def _load(
-    config: EngineConfig, spec: EncoderSpec, device: torch.device
-) -> tuple[Encoder, DenseModules | None]:
+def _load(config: EngineConfig, spec: EncoderSpec, device: torch.device) -> Encoder:
     """In float32 on a CPU unless told: who reads embeddings compares numbers, and it is as fast there."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = auto if config.dtype == "auto" else DTYPES[config.dtype]
-    checkpoint = Path(config.checkpoint)
     try:
-        model = load_encoder(checkpoint, spec, device=device, dtype=dtype)
-        embedding = read_embedding_spec(checkpoint)
-        return model, DenseModules(checkpoint, embedding, spec.hidden_size) if embedding.dense else None
+        return load_encoder(Path(config.checkpoint), spec, device=device, dtype=dtype)
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from salver.model.cache import KVCache
+from salver.model.embedding_modules import DenseModules
+from salver.model.embedding_spec import read_embedding_spec
 from salver.model.errors import CheckpointError
 from salver.model.kernels.build import KernelUnavailable, source_digest
 from salver.model.loader import load_model
@@ -67,7 +69,10 @@ def start_engine(
     # The kernel's rows don't know one another; torch's may.
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
     timer.done("probe numerics")
-    runner = ModelRunner(decoder, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump)
+    runner = ModelRunner(
+        decoder, cache, block_size=block_size, row_multiple=multiple, on_progress=page.bump,
+        dense=load_dense(config, spec.hidden_size),
+    )  # fmt: skip
     speed, tokens_for_one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
@@ -124,6 +129,16 @@ def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: to
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
+
+
+def load_dense(config: EngineConfig, hidden_size: int) -> DenseModules | None:
+    """What a sentence-transformers directory does with pooled vectors. Raises StartError."""
+    checkpoint = Path(config.checkpoint)
+    try:
+        embedding = read_embedding_spec(checkpoint)
+        return DenseModules(checkpoint, embedding, hidden_size) if embedding.dense else None
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
 
 
 def _load_draft(

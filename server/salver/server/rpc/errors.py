@@ -141,9 +141,11 @@ def queue_full(waiting: str) -> ApiError:
     )
 
 
-def task_not_supported(message: str) -> ApiError:
+def task_not_supported(message: str, **metadata: str) -> ApiError:
     """FAILED_PRECONDITION: this checkpoint cannot do that."""
-    return ApiError(grpc.StatusCode.FAILED_PRECONDITION, message, reason=TASK_NOT_SUPPORTED)
+    return ApiError(
+        grpc.StatusCode.FAILED_PRECONDITION, message, reason=TASK_NOT_SUPPORTED, metadata=metadata
+    )
 
 
 def internal(request_id: str) -> ApiError:

@@ -19,7 +19,7 @@ from salver.server.rpc import convert
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
 from salver.server.rpc.prompts import PromptReader, template_of
 from salver.server.rpc.scoring import score
-from salver.server.rpc.served import Front, RequestLimits, ServedModel
+from salver.server.rpc.served import Front, RequestLimits, ServedModel, Task
 from salver.server.rpc.submission import Submissions, next_request_id
 from salver.server.rpc.validation import (
     GenerationParams,
@@ -176,6 +176,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         deadline = deadline_of(context, arrival)
         model = self._front.model
         check_model(request.model, model)
+        model.require(Task.GENERATE)
         params, read_prompt = self._checked(request, model)
         permit = self._admission.admit()
         try:

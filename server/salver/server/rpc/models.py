@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from salver.server.rpc import convert
-from salver.server.rpc.served import Front, ServedModel
+from salver.server.rpc.served import Front, ServedModel, Task
 from salver.server.rpc.validation import Violations, check_model
 from salver.v1 import model_pb2, model_pb2_grpc
 
@@ -21,13 +21,11 @@ def version() -> str:
 
 def model_message(model: ServedModel) -> model_pb2.Model:
     """The served checkpoint as clients see it."""
-    tasks = [model_pb2.TASK_GENERATE, model_pb2.TASK_SCORE]
-    if model.chat_template is not None:
-        tasks.insert(1, model_pb2.TASK_CHAT)
+    labels = model.labels if Task.CLASSIFY in model.tasks or Task.CLASSIFY_TOKENS in model.tasks else ()
     return model_pb2.Model(
         name=model.name,
         architecture=model.architecture,
-        tasks=tasks,
+        tasks=[task.value for task in model.tasks],
         max_model_len=model.limits.max_model_len,
         vocab_size=model.limits.vocab_size,
         num_parameters=model.ready.num_parameters,
@@ -36,6 +34,8 @@ def model_message(model: ServedModel) -> model_pb2.Model:
         eos_token_ids=model.tokenizer.eos_token_ids,
         bos_token_id=model.tokenizer.bos_token_id,
         weights_digest=model.weights_digest,
+        embedding_dimensions=model.embedding_dimensions or None,
+        labels=labels,
     )
 
 

@@ -26,7 +26,7 @@ from salver.server.engine.request import (
 from salver.server.metrics import Metrics
 from salver.server.rpc import convert
 from salver.server.rpc.prompts import PromptReader, ScorePrompt
-from salver.server.rpc.served import Front, ServedModel
+from salver.server.rpc.served import Front, ServedModel, Task
 from salver.server.rpc.submission import Submissions, next_request_id
 from salver.server.rpc.validation import (
     Violations,
@@ -102,6 +102,7 @@ async def score(
     """Answers a ScoreRequest: its inputs are computed together. Raises ApiError and EngineError."""
     model = front.model
     check_model(request.model, model)
+    model.require(Task.SCORE)
     top_k, priority = _checked(request, model)
     permit = admission.admit(len(request.inputs))
     sinks: list[ScoreSink] = []

@@ -5,15 +5,17 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from salver.model.chat_template import ChatTemplate
+from salver.model.embedding_spec import EmbeddingSpec
+from salver.model.encoder_spec import EncoderSpec
 from salver.model.tokenizer import Tokenizer
 from salver.server.engine.errors import EngineUnavailable
 from salver.server.engine.process import OutputSink
 from salver.server.engine.request import EngineRequest, Ready
-from salver.server.rpc.errors import RETRY_DRAINING, draining, loading
+from salver.server.rpc.errors import RETRY_DRAINING, draining, loading, task_not_supported
 
 
 class Engine(Protocol):
@@ -46,8 +48,33 @@ class RequestLimits:
 
     @property
     def capacity(self) -> int:
-        """Longest prompt and output together: bounded by the context, and by what the cache can hold."""
-        return min(self.max_model_len, self.cache_tokens)
+        """Longest prompt and output together: bounded by the context, and by what the cache can hold.
+
+        A model without a cache (`cache_tokens` 0) reads whole inputs up to its context.
+        """
+        return min(self.max_model_len, self.cache_tokens) if self.cache_tokens else self.max_model_len
+
+
+class Task(enum.Enum):
+    """What can be asked of a checkpoint; the names of `salver.v1.Task`."""
+
+    GENERATE = "TASK_GENERATE"
+    CHAT = "TASK_CHAT"
+    SCORE = "TASK_SCORE"
+    EMBED = "TASK_EMBED"
+    RERANK = "TASK_RERANK"
+    CLASSIFY = "TASK_CLASSIFY"
+    CLASSIFY_TOKENS = "TASK_CLASSIFY_TOKENS"
+    FILL_MASK = "TASK_FILL_MASK"
+    EXTRACT_ANSWER = "TASK_EXTRACT_ANSWER"
+
+
+_TASKS_OF_HEADS = {
+    "input": (Task.CLASSIFY,),
+    "tokens": (Task.CLASSIFY_TOKENS,),
+    "spans": (Task.EXTRACT_ANSWER,),
+    "vocabulary": (Task.FILL_MASK,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +88,45 @@ class ServedModel:
     ready: Ready
     weights_digest: str
     limits: RequestLimits
+    encoder: EncoderSpec | None = None  # None: a decoder
+    embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
+    embedding_dimensions: int = 0
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What this checkpoint can be asked; a ranker is a classifier of one label."""
+        if self.encoder is None:
+            chat = () if self.chat_template is None else (Task.CHAT,)
+            return (Task.GENERATE, *chat, Task.SCORE, Task.EMBED)
+        head = self.encoder.head
+        if head is None:
+            return (Task.EMBED,)
+        rank = (Task.RERANK,) if head.reads == "input" and head.size == 1 else ()
+        return (Task.EMBED, *rank, *_TASKS_OF_HEADS[head.reads])
+
+    def require(self, task: Task) -> None:
+        """Raises ApiError (FAILED_PRECONDITION) for a task that the checkpoint does not have."""
+        if task in self.tasks:
+            return
+        names = [known.value.removeprefix("TASK_") for known in self.tasks]
+        raise task_not_supported(
+            f"{self.name!r} ({self.architecture}) does not have the task {task.value.removeprefix('TASK_')}; "
+            f"it has {', '.join(names)}",
+            task=task.value,
+            supported=",".join(known.value for known in self.tasks),
+        )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.encoder.labels if self.encoder is not None and self.encoder.head is not None else ()
+
+    @property
+    def problem_type(self) -> str:
+        return self.encoder.problem_type if self.encoder is not None else ""
+
+    @property
+    def rank_activation(self) -> str:
+        return self.encoder.rank_activation if self.encoder is not None else ""
 
 
 class FrontState(enum.Enum):

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from salver.server.admission import Admission
 from salver.server.config import ServerConfig
 from salver.server.metrics import Metrics
+from salver.server.rpc.encoding import EncodingService
 from salver.server.rpc.generation import GenerationService
 from salver.server.rpc.health import SERVICE_NAME as HEALTH
 from salver.server.rpc.health import HealthService
@@ -23,6 +24,8 @@ from salver.server.rpc.reflection import V1, V1ALPHA, add_reflection
 from salver.server.rpc.served import Front
 from salver.server.rpc.tokenization import TokenizationService
 from salver.v1 import (
+    encoding_pb2,
+    encoding_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     model_pb2,
@@ -33,7 +36,7 @@ from salver.v1 import (
 
 SERVICES = tuple(
     service.full_name
-    for file in (generation_pb2, tokenization_pb2, model_pb2)
+    for file in (generation_pb2, encoding_pb2, tokenization_pb2, model_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 STATUS_CODES = tuple(code.name for code in grpc.StatusCode)
@@ -57,7 +60,9 @@ def all_methods() -> dict[str, tuple[bool, bool]]:
                 yield name, (method.client_streaming, method.server_streaming)
 
     methods = dict(
-        entry for file in (generation_pb2, tokenization_pb2, model_pb2, health_pb2) for entry in of_file(file)
+        entry
+        for file in (generation_pb2, encoding_pb2, tokenization_pb2, model_pb2, health_pb2)
+        for entry in of_file(file)
     )
     for name, streaming in of_file(reflection_pb2):
         methods[name] = methods[name.replace(V1ALPHA, V1)] = streaming
@@ -84,6 +89,9 @@ class RpcServer:
         self._server = grpc.aio.server(interceptors=(self._calls,), options=_options(config))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(front, admission, metrics, self._prompts), self._server
+        )
+        encoding_pb2_grpc.add_EncodingServiceServicer_to_server(
+            EncodingService(front, admission, metrics, self._prompts), self._server
         )
         tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
             TokenizationService(front, self._prompts), self._server

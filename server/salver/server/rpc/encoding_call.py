@@ -1,0 +1,183 @@
+"""One call of EncodingService on its way through the engine: its inputs are computed together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from salver.model.tokenizer.encoding import EncodedText
+from salver.server.admission import Admission, Permit
+from salver.server.engine.errors import (
+    EngineError,
+    RequestDeadlineExceeded,
+    RequestFailed,
+    RequestOutOfMemory,
+)
+from salver.server.engine.request import (
+    EncodingParams,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    SequenceOutput,
+    SequenceTimings,
+    StoppingParams,
+)
+from salver.server.metrics import Metrics
+from salver.server.rpc.errors import out_of_range
+from salver.server.rpc.served import Front, ServedModel
+from salver.server.rpc.submission import Submissions, next_request_id
+
+Arrays = tuple[NDArray[Any], ...]
+
+
+class ArraySink:
+    """Takes the arrays of one input; `done` ends with them or with an EngineError."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.request = request
+        self.done: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
+        self.timings = SequenceTimings()
+
+    def started(self, seconds: float) -> None:
+        self.timings.queue = seconds
+
+    def put(self, output: SequenceOutput) -> None:
+        reason = output.finish_reason
+        if self.done.done() or reason is None:
+            return
+        if reason is FinishReason.DEADLINE:
+            self.fail(RequestDeadlineExceeded("the deadline passed before everything was computed"))
+        elif reason is FinishReason.MEMORY:
+            self.fail(RequestOutOfMemory(output.error))
+        elif reason is FinishReason.ERROR or not output.arrays:
+            self.fail(RequestFailed(output.error or f"ended ({reason.value}) without an answer"))
+        else:
+            if output.timings is not None:
+                self.timings = output.timings
+            self.done.set_result(output.arrays)
+
+    def fail(self, error: EngineError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def end(self, submissions: Submissions) -> None:
+        """Aborts what still runs."""
+        if not self.done.done():
+            submissions.abort(self.request.request_id)
+            self.done.cancel()
+        elif not self.done.cancelled():
+            self.done.exception()  # it was seen: asyncio need not complain of those nobody awaited
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What came of a call's inputs: their arrays in order, the tokens they were, and when."""
+
+    arrays: list[Arrays]
+    num_tokens: int
+    timings: SequenceTimings
+
+
+class EncodingCall:
+    """Holds the call's permit. Use as a context manager: what still runs at its end is aborted."""
+
+    def __init__(
+        self,
+        front: Front,
+        admission: Admission,
+        metrics: Metrics,
+        num_inputs: int,
+        *,
+        arrival: float,
+        deadline: float,
+        priority: int,
+    ) -> None:
+        """Raises ApiError (RESOURCE_EXHAUSTED) when too much waits."""
+        self._front = front
+        self._metrics = metrics
+        self._arrival = arrival
+        self._deadline = deadline
+        self._priority = priority
+        self._permit: Permit = admission.admit(num_inputs)
+        self._submissions = Submissions(front.engine, metrics, self._permit)
+        self._sinks: list[ArraySink] = []
+
+    def __enter__(self) -> EncodingCall:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sink in self._sinks:
+            sink.end(self._submissions)
+        self._permit.release()
+
+    async def compute(self, inputs: Sequence[EncodedText], params: Sequence[EncodingParams]) -> Computed:
+        """Of every input what its params ask for. Raises ApiError and EngineError."""
+        num_tokens = sum(map(len, inputs))
+        self._permit.add_tokens(num_tokens)
+        for tokens, encoding in zip(inputs, params, strict=True):
+            sink = ArraySink(self._request(tokens, encoding))
+            self._sinks.append(sink)
+            self._submissions.submit(sink.request, sink)
+        guards = [self._front.running(sink) for sink in self._sinks]
+        for guard in guards:
+            guard.__enter__()
+        try:
+            arrays = await asyncio.gather(*(sink.done for sink in self._sinks))
+        finally:
+            for guard in guards:
+                guard.__exit__(None, None, None)
+        timings = self._timings()
+        self._metrics.request_ended(timings, time.monotonic() - self._arrival)
+        for _ in self._sinks:
+            self._metrics.succeeded("encode")
+        return Computed(list(arrays), num_tokens, timings)
+
+    def _request(self, tokens: EncodedText, encoding: EncodingParams) -> EngineRequest:
+        return EngineRequest(
+            request_id=next_request_id(),
+            prompt_token_ids=tokens.token_ids,
+            sampling=SamplingParams(temperature=0.0),
+            stopping=StoppingParams(max_tokens=0),
+            priority=self._priority,
+            deadline=self._deadline,
+            arrival=self._arrival,
+            encoding=encoding,
+        )
+
+    def _timings(self) -> SequenceTimings:
+        """Of the whole call: to its first start, from there to its last end."""
+        of_inputs = [sink.timings for sink in self._sinks]
+        queue = min(item.queue for item in of_inputs)
+        return SequenceTimings(
+            queue=queue,
+            prefill=max(0.0, max(item.queue + item.prefill for item in of_inputs) - queue),
+            steps=max(item.steps for item in of_inputs),
+            preemptions=sum(item.preemptions for item in of_inputs),
+        )
+
+
+def fitted(tokens: EncodedText, limit: int, field: str, truncate: bool, model: ServedModel) -> EncodedText:
+    """The input as it is, or shortened where that was asked for.
+
+    Raises ApiError (OUT_OF_RANGE) for one longer than `limit` tokens.
+    """
+    if len(tokens) <= limit:
+        return tokens
+    if truncate:
+        try:
+            return tokens.shortened(limit)
+        except ValueError as error:
+            raise out_of_range(
+                f"{field}: {error}", input_tokens=len(tokens), max_input_tokens=limit
+            ) from error
+    raise out_of_range(
+        f"{field} is {len(tokens)} tokens; {model.name!r} reads at most {limit} "
+        "(set truncate to leave out the end)",
+        input_tokens=len(tokens),
+        max_input_tokens=limit,
+    )

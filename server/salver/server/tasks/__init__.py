@@ -1,0 +1,1 @@
+"""From a head's numbers to answers: labels, spans, ranks. numpy only."""
