@@ -323,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if header["load_average"] > 0.5:
                 progress(f"the machine is busy (load {header['load_average']}): the figures will suffer")
             Comparison(args, setting_of(args), records).run()
+        if args.install_only:
+            return 1 if any(records.failures.get(f"{peer}/*") for peer in args.peers) else 0
     except (BenchError, OSError, ValueError) as error:
         progress(str(error))
         return 1

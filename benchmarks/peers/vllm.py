@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ class Bfloat16(HttpPeer):
         code = f"import contextlib\nwith open({str(listed)!r}, 'w') as f, contextlib.redirect_stdout(f):\n"
         call([python, "-c", f"{code}    {LIST_REQUIREMENTS}"], log=log)
         call([python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "-r", listed], log=log)
+        self._name(python)
+
+    def _name(self, python: Path) -> None:
+        """It asks for a distribution called vllm, and finds its device in the version of that."""
+        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+        metadata = Path(found.stdout.strip()) / f"vllm-{VERSION}+cpu.dist-info" / "METADATA"
+        metadata.parent.mkdir(exist_ok=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
 
     def environment(self) -> dict[str, str]:
         # Its CPU guide: one core for each thread, none reserved where there are so few, a cache of some GB.
