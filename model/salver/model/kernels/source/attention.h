@@ -1,14 +1,20 @@
 // Causal attention over the paged cache, read in place. One walk for prefill and decode.
 //
 // A query row walks its keys from the first to its own in tiles of 64 at fixed absolute positions,
-// with the running maximum and sum of Milakov & Gimelshein 2018 ("Online normalizer calculation for
-// softmax"). What stands beside the row, how the prompt was cut and which keys came from the cache
-// change nothing in that walk, so the row's bits are the same.
+// with the running sum of Milakov & Gimelshein 2018 ("Online normalizer calculation for softmax").
+// What stands beside the row, how the prompt was cut and which keys came from the cache change nothing
+// in that walk, so the row's bits are the same.
+//
+// Weights are powers of two, log2(e) being part of the query's scale, and relative to `top`. That is the
+// first tile's maximum, raised only by a tile that goes MARGIN beyond it: the quotient does not depend on
+// it, and so most tiles neither look for their maximum nor touch what was summed.
 //
 // The cache holds, for a block and a head, 16 keys as [head_dim / STEP][16][STEP] and 16 values as
 // [16 / STEP][head_dim][STEP]: sixteen lanes are sixteen keys for the scores, and sixteen dimensions
 // for the sum of values. STEP is 2 for bf16 (an instruction multiplies pairs), 1 for float.
 #pragma once
+
+#include <algorithm>
 
 #include "gemm.h"
 
@@ -19,6 +25,7 @@ constexpr int TILE_BLOCKS = 4;   // blocks of a tile
 constexpr int TILE = BLOCK * TILE_BLOCKS;
 constexpr int QUERY_ROWS = 6;    // rows that share a load of the keys: 6 x 4 accumulators
 constexpr int MAX_HEAD_DIM = 256;
+constexpr float MARGIN = 8;      // of a score above `top`: weights to 256, far from any overflow
 
 struct Step {
     std::int32_t num_rows;        // padding included
@@ -84,24 +91,49 @@ void rotate_and_store(const CacheShape& c, const Step& step, int layer, int row,
     }
 }
 
+// Sixteen weights each of four blocks, as the product with the values wants them. Returns `total` with them
+// added, rounded as they are stored.
+inline __m512 put_weights(float* to, const __m512 (&scores)[TILE_BLOCKS], __m512 total) {
+    __m512 weights[TILE_BLOCKS];
+    for (int i = 0; i < TILE_BLOCKS; i++) {
+        weights[i] = power_of_two(scores[i]);
+        _mm512_store_ps(to + i * BLOCK, weights[i]);
+    }
+    return _mm512_add_ps(total, _mm512_add_ps(_mm512_add_ps(weights[0], weights[1]),
+                                              _mm512_add_ps(weights[2], weights[3])));
+}
+
+inline __m512 put_weights(bf16* to, const __m512 (&scores)[TILE_BLOCKS], __m512 total) {
+    const __m512bh one = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+    for (int i = 0; i < TILE_BLOCKS; i += 2) {
+        const __m512bh two = _mm512_cvtne2ps_pbh(rough_power_of_two(scores[i + 1]), rough_power_of_two(scores[i]));
+        _mm512_store_si512(to + i * BLOCK, reinterpret_cast<__m512i>(two));
+        total = _mm512_dpbf16_ps(total, two, one);
+    }
+    return total;
+}
+
 // ROWS query rows of one key head, each with its own number of keys.
 template <typename T, int ROWS>
 class Walk {
     using Value = typename T::Input;
+    // Few rows wait for memory rather than for the multiplier: blocks lie anywhere, and the hardware's own
+    // prefetch stops at every page. Rows of a prompt mostly find theirs where the rows before left them.
+    static constexpr bool FEW = ROWS <= 4;
 
 public:
     Walk(const CacheShape& cache, int layer, int kv_head, const std::int64_t* table)
         : cache_(cache), layer_(layer), kv_head_(kv_head), table_(table) {}
 
     void set(int row, const float* query, int keys) {
-        const __m512 scale = _mm512_set1_ps(cache_.scale);
+        const __m512 scale = _mm512_set1_ps(cache_.scale * 1.44269504f);
         for (int i = 0; i < cache_.head_dim; i += LANES) {
             store(query_[row] + i, _mm512_mul_ps(_mm512_loadu_ps(query + i), scale));
             _mm512_store_ps(sum_[row] + i, _mm512_setzero_ps());
         }
         keys_[row] = keys;
         most_ = row == 0 || keys > most_ ? keys : most_;
-        highest_[row] = -std::numeric_limits<float>::infinity();
+        top_[row] = 0;
         total_[row] = _mm512_setzero_ps();
     }
 
@@ -117,30 +149,38 @@ public:
     }
 
 private:
-    void tile(int begin) {
+    // The tile's blocks in the cache, as far as keys go. Returns how many.
+    int find(int begin, const Value** keys, const Value** values) const {
         const int blocks = std::min(TILE_BLOCKS, (most_ - begin + BLOCK - 1) / BLOCK);
-        const Value *keys[TILE_BLOCKS], *values[TILE_BLOCKS];
-        for (int i = 0; i < TILE_BLOCKS; i++) {  // past the end the last one again: masked
-            const std::int64_t block = table_[begin / BLOCK + std::min(i, blocks - 1)];
+        for (int i = 0; i < blocks; i++) {
+            const std::int64_t block = table_[begin / BLOCK + i];
             keys[i] = cache_.part<Value>(layer_, block, 0, kv_head_);
             values[i] = cache_.part<Value>(layer_, block, 1, kv_head_);
         }
-        __m512 scores[ROWS][TILE_BLOCKS];
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-            for (int i = 0; i < TILE_BLOCKS; i++) scores[r][i] = _mm512_setzero_ps();
-        for (int d = 0; d < cache_.head_dim; d += T::STEP) {
-            __m512i key[TILE_BLOCKS];
-#pragma GCC unroll 4
-            for (int i = 0; i < TILE_BLOCKS; i++) key[i] = T::weights(keys[i] + d * BLOCK);
-#pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-                for (int i = 0; i < TILE_BLOCKS; i++)
-                    scores[r][i] = T::multiply(scores[r][i], query_[r] + d, key[i]);
+        return blocks;
+    }
+
+    void tile(int begin) {
+        const Value *keys[TILE_BLOCKS], *values[TILE_BLOCKS];
+        const int blocks = find(begin, keys, values);
+        if constexpr (FEW) {
+            if (begin == 0) {
+                for (int i = 0; i < blocks; i++) {
+                    ask(keys[i]);
+                    ask(values[i]);
+                }
+                find(0, next_keys_, next_values_);
+            }
+            find(begin + TILE, next_keys_, next_values_);  // past the end those of before stay
         }
-        for (int r = 0; r < ROWS; r++) weigh(r, keys_[r] - begin, scores[r]);
+        __m512 scores[ROWS][TILE_BLOCKS];
+        if (blocks == TILE_BLOCKS) {
+            score<TILE_BLOCKS>(0, keys, scores);
+        } else {  // what is missing is masked
+            for (int i = 0; i < blocks; i++) score<1>(i, keys, scores);
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++) weigh(r, begin, scores[r]);
         for (int d = 0; d < cache_.head_dim;) {
             if (cache_.head_dim - d >= 4 * LANES) {
                 add_values<4>(d, blocks, values);
@@ -152,26 +192,60 @@ private:
         }
     }
 
-    // Scores to weights; what was summed before is brought to the new maximum.
-    void weigh(int r, int seen, __m512* scores) {
-        const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        for (int i = 0; i < TILE_BLOCKS; i++)
-            scores[i] = _mm512_mask_blend_ps(tail_mask(seen - i * BLOCK), nothing, scores[i]);
-        const float highest = _mm512_reduce_max_ps(
-            _mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3])));
-        if (highest > highest_[r]) {
-            const __m512 less = exponential(_mm512_set1_ps(highest_[r] - highest));
-            total_[r] = _mm512_mul_ps(total_[r], less);
-            for (int i = 0; i < cache_.head_dim; i += LANES)
-                _mm512_store_ps(sum_[r] + i, _mm512_mul_ps(_mm512_load_ps(sum_[r] + i), less));
-            highest_[r] = highest;
+    // Asks for all of a block's keys or values.
+    void ask(const Value* part) const {
+        for (int i = 0; i < BLOCK * cache_.head_dim * static_cast<int>(sizeof(Value)); i += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(part) + i, _MM_HINT_T0);
+    }
+
+    // Scores, less `top`, of BLOCKS blocks from block `first` of the tile on.
+    template <int BLOCKS>
+    void score(int first, const Value* const* keys, __m512 (&scores)[ROWS][TILE_BLOCKS]) {
+        __m512 sum[ROWS][BLOCKS];
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < BLOCKS; i++) sum[r][i] = _mm512_set1_ps(-top_[r]);
+        for (int d = 0; d < cache_.head_dim; d += T::STEP) {
+            __m512i key[BLOCKS];
+#pragma GCC unroll 4
+            for (int i = 0; i < BLOCKS; i++) {
+                key[i] = T::weights(keys[first + i] + d * BLOCK);
+                if constexpr (FEW) _mm_prefetch(next_keys_[first + i] + d * BLOCK, _MM_HINT_T0);
+            }
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+                for (int i = 0; i < BLOCKS; i++) sum[r][i] = T::multiply(sum[r][i], query_[r] + d, key[i]);
         }
-        const __m512 top = _mm512_set1_ps(highest_[r]);
-        for (int i = 0; i < TILE_BLOCKS; i++) {
-            const __m512 weight = exponential(_mm512_sub_ps(scores[i], top));
-            total_[r] = _mm512_add_ps(total_[r], weight);
-            store(weights_[r] + i * BLOCK, weight);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < BLOCKS; i++) scores[r][first + i] = sum[r][i];
+    }
+
+    // Scores, less `top`, to weights.
+    void weigh(int r, int begin, __m512 (&scores)[TILE_BLOCKS]) {
+        if (const int seen = keys_[r] - begin; seen < TILE) {
+            const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+            for (int i = 0; i < TILE_BLOCKS; i++)
+                scores[i] = _mm512_mask_blend_ps(tail_mask(seen - i * BLOCK), nothing, scores[i]);
         }
+        const __m512 most = _mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3]));
+        if (begin == 0 || _mm512_cmp_ps_mask(most, _mm512_set1_ps(MARGIN), _CMP_GT_OQ) != 0)
+            raise(r, begin, _mm512_reduce_max_ps(most), scores);
+        total_[r] = put_weights(weights_[r], scores, total_[r]);
+    }
+
+    // Raises a row's `top`; what was summed before is brought to it.
+    void raise(int r, int begin, float by, __m512 (&scores)[TILE_BLOCKS]) {
+        for (__m512& score : scores) score = _mm512_sub_ps(score, _mm512_set1_ps(by));
+        top_[r] += by;
+        if (begin == 0) return;
+        const __m512 less = power_of_two(_mm512_set1_ps(-by));
+        total_[r] = _mm512_mul_ps(total_[r], less);
+        for (int i = 0; i < cache_.head_dim; i += LANES)
+            _mm512_store_ps(sum_[r] + i, _mm512_mul_ps(_mm512_load_ps(sum_[r] + i), less));
     }
 
     template <int VECTORS>
@@ -186,7 +260,10 @@ private:
                 const Value* from = values[i] + key * cache_.head_dim + d * T::STEP;
                 __m512i value[VECTORS];
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) value[v] = T::weights(from + v * LANES * T::STEP);
+                for (int v = 0; v < VECTORS; v++) {
+                    value[v] = T::weights(from + v * LANES * T::STEP);
+                    if constexpr (FEW) _mm_prefetch(next_values_[i] + (from - values[i]) + v * LANES * T::STEP, _MM_HINT_T0);
+                }
 #pragma GCC unroll 6
                 for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -204,7 +281,8 @@ private:
     const int layer_, kv_head_;
     const std::int64_t* const table_;
     int keys_[ROWS], most_ = 0;
-    float highest_[ROWS];
+    float top_[ROWS];
+    const Value *next_keys_[TILE_BLOCKS], *next_values_[TILE_BLOCKS];  // of the next tile, when FEW
     __m512 total_[ROWS];
     alignas(64) float sum_[ROWS][MAX_HEAD_DIM];
     alignas(64) Value query_[ROWS][MAX_HEAD_DIM];
