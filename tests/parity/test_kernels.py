@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,7 +23,24 @@ from salver.model.transformer import Transformer
 
 VOCABULARY, CONTEXT = 149, 512
 BLOCKS, BLOCK_SIZE = 160, 16
-PRECISIONS = list(Precision)
+
+
+class Way(NamedTuple):
+    """In which precision is multiplied, and whether bf16 by pairs, whatever this processor would choose."""
+
+    precision: Precision
+    pairs: bool
+
+    def __str__(self) -> str:
+        return self.precision.name.lower() + (" by pairs" if self.pairs else "")
+
+
+WAYS = [
+    Way(Precision.FLOAT32, False),
+    Way(Precision.BFLOAT16, False),
+    Way(Precision.BFLOAT16, True),
+    Way(Precision.INT8, False),
+]
 # Of logits whose largest are about 10: float32 by rounding alone; the others by what they round to.
 TOLERANCES = {Precision.FLOAT32: 2e-3, Precision.BFLOAT16: 0.5, Precision.INT8: 2.0}
 
@@ -97,11 +114,20 @@ def random_model(of: ModelSpec, dtype: torch.dtype = torch.float32) -> Transform
     return model.to(dtype)
 
 
-def native(of: ModelSpec, library: Library, precision: Precision, threads: int = 2) -> Stack:
-    dtype = torch.float32 if precision is Precision.FLOAT32 else torch.bfloat16
-    cache = KVCache(of, BLOCKS, BLOCK_SIZE, dtype=dtype, device=CPU)
-    model = random_model(of, dtype)
-    return Stack.of(NativeTransformer(model, cache, library, precision=precision, threads=threads), cache)
+def native_of(model: Transformer, library: Library, way: Way, threads: int = 2) -> Stack:
+    """Takes the model, which must have float32 weights."""
+    dtype = torch.float32 if way.precision is Precision.FLOAT32 else torch.bfloat16
+    cache = KVCache(model.spec, BLOCKS, BLOCK_SIZE, dtype=dtype, device=CPU)
+    return Stack.of(
+        NativeTransformer(
+            model.to(dtype), cache, library, precision=way.precision, threads=threads, pairs=way.pairs
+        ),
+        cache,
+    )
+
+
+def native(of: ModelSpec, library: Library, way: Way, threads: int = 2) -> Stack:
+    return native_of(random_model(of), library, way, threads)
 
 
 def reference(of: ModelSpec) -> Stack:
@@ -148,17 +174,15 @@ def random_tokens(draw: random.Random, lengths: list[int]) -> list[list[int]]:
     return [[draw.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("name", SPECS)
-def test_agrees_with_torch(library: Library, name: str, precision: Precision) -> None:
+def test_agrees_with_torch(library: Library, name: str, way: Way) -> None:
     draw = random.Random(1)
     lengths = [1, 7, 70, 150]
     tokens, steps = random_tokens(draw, lengths), random_cut(draw, lengths)
     expected = run(reference(SPECS[name]), tokens, steps)
-    for ours, theirs in zip(
-        run(native(SPECS[name], library, precision), tokens, steps), expected, strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, atol=TOLERANCES[precision], rtol=1e-4)
+    for ours, theirs in zip(run(native(SPECS[name], library, way), tokens, steps), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCES[way.precision], rtol=1e-4)
 
 
 def mixes(stack: Stack, count: int, seed: int) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
@@ -171,38 +195,46 @@ def mixes(stack: Stack, count: int, seed: int) -> Iterator[tuple[list[torch.Tens
         yield alone, run(stack, tokens, random_cut(draw, lengths))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_same_bits_in_any_mix(library: Library, name: str, precision: Precision) -> None:
+def test_the_same_bits_in_any_mix(library: Library, name: str, way: Way) -> None:
     mixed = 0
-    for alone, together in mixes(native(SPECS[name], library, precision), 34, seed=len(name)):
+    for alone, together in mixes(native(SPECS[name], library, way), 34, seed=len(name)):
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
         mixed += 1
     assert mixed == 34  # six times: some two hundred
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_the_same_bits_on_any_number_of_threads(library: Library, precision: Precision) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_same_bits_on_any_number_of_threads(library: Library, way: Way) -> None:
     draw = random.Random(2)
     lengths = [3, 90, 33]
     tokens, steps = random_tokens(draw, lengths), random_cut(draw, lengths)
-    one, three = (run(native(SPECS["llama"], library, precision, n), tokens, steps) for n in (1, 3))
+    one, three = (run(native(SPECS["llama"], library, way, n), tokens, steps) for n in (1, 3))
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_what_is_not_a_number_stays_in_its_sequence(library: Library, precision: Precision) -> None:
+def test_bf16_weights_multiply_as_the_floats_that_they_are(library: Library) -> None:
+    stacks = []
+    for way in (Way(Precision.FLOAT32, False), Way(Precision.BFLOAT16, False)):
+        model = random_model(SPECS["untied"])
+        assert model.head is not None
+        model.head.to(torch.bfloat16).to(torch.float32)
+        stacks.append(native_of(model, library, way))
+    hidden = torch.randn(17, SPECS["untied"].hidden_size)
+    float32, bfloat16 = (stack.model.logits(hidden) for stack in stacks)
+    assert torch.equal(float32, bfloat16)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_what_is_not_a_number_stays_in_its_sequence(library: Library, way: Way) -> None:
     model = random_model(SPECS["untied"], torch.float32)
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.embed.weight[5] = float("nan")
     rows = []
     for one in (model, broken):
-        dtype = torch.float32 if precision is Precision.FLOAT32 else torch.bfloat16
-        cache = KVCache(one.spec, BLOCKS, BLOCK_SIZE, dtype=dtype, device=CPU)
-        stack = Stack.of(
-            NativeTransformer(one.to(dtype), cache, library, precision=precision, threads=2), cache
-        )
+        stack = native_of(one, library, way)
         rows.append(stack.step([(0, [1, 2, 3]), (1, [4, 5, 6]), (2, [7])]))
         # The blocks of the broken one, used again, are as good as new.
         stack.end(1)

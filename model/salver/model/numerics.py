@@ -86,7 +86,7 @@ def numerics_id(
 ) -> str:
     """The promise and a digest of all that the numbers depend on, such as tokens-3fa9c2d10b7e4a55.
 
-    `kernel` is the native kernel's digest, or empty for plain torch.
+    `kernel` is what the native kernel calls its numerics, or empty for plain torch.
     """
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"

@@ -43,17 +43,30 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def check_processor() -> None:
-    """Raises KernelUnavailable on a processor that lacks an instruction."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise KernelUnavailable(f"it is for x86-64 processors, and this is {platform.machine()}")
+def _processor(fact: str) -> list[str]:
+    """Words that /proc/cpuinfo says of the first processor, such as its flags. Raises KernelUnavailable."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError as error:
         raise KernelUnavailable(f"/proc/cpuinfo does not tell the processor: {error}") from error
-    flags = next(
-        (line.partition(":")[2].split() for line in text.splitlines() if line.startswith("flags")), []
-    )
+    return next((line.partition(":")[2].split() for line in text.splitlines() if line.startswith(fact)), [])
+
+
+def pairs_are_fast() -> bool:
+    """Whether `vdpbf16ps` multiplies more than `vfmadd`: AMD runs one a cycle, Intel one every other."""
+    return _processor("vendor_id") == ["AuthenticAMD"]
+
+
+def numerics() -> str:
+    """Names all that the bits of a result depend on: the sources, and what is multiplied how here."""
+    return source_digest() + (" pairs" if pairs_are_fast() else "")
+
+
+def check_processor() -> None:
+    """Raises KernelUnavailable on a processor that lacks an instruction."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise KernelUnavailable(f"it is for x86-64 processors, and this is {platform.machine()}")
+    flags = _processor("flags")
     if missing := [name for name in PROCESSOR_FEATURES if name not in flags]:
         raise KernelUnavailable(f"this processor has no {', '.join(missing)}")
 

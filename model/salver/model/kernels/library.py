@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .build import KernelUnavailable
 
-VERSION = 1
+VERSION = 2
 PANEL = 32  # columns of a packed panel
 LANES = 16
 BLOCK_SIZE = 16  # tokens of a cache block: the sixteen lanes of a register
@@ -119,6 +119,7 @@ class CProgram(ctypes.Structure):
         ("operations", POINTER(COperation)),
         ("num_operations", c_int32),
         ("cache_precision", c_int32),
+        ("pairs", c_int32),
         ("buffers", POINTER(CBuffer)),
         ("weights", POINTER(CWeight)),
         ("cache", CCache),

@@ -13,7 +13,7 @@ from ..cache import KVCache
 from ..layers import Norm, Weights
 from ..spec import ModelSpec
 from ..transformer import Layer, Transformer
-from .build import KernelUnavailable
+from .build import KernelUnavailable, pairs_are_fast
 from .library import (
     ACTIVATIONS,
     BLOCK_SIZE,
@@ -56,14 +56,25 @@ class NativeTransformer:
     """
 
     def __init__(
-        self, model: Transformer, cache: KVCache, library: Library, *, precision: Precision, threads: int
+        self,
+        model: Transformer,
+        cache: KVCache,
+        library: Library,
+        *,
+        precision: Precision,
+        threads: int,
+        pairs: bool | None = None,
     ) -> None:
-        """Raises KernelUnavailable for a model that the kernel does not know, before it takes anything."""
+        """`pairs`: bf16 is multiplied with bf16, else with float32; None: as is faster on this processor.
+
+        Raises KernelUnavailable for a model that the kernel does not know, before it takes anything.
+        """
         spec = model.spec
         check(model, cache)
         self.spec: ModelSpec = spec
         self.device = torch.device("cpu")
         self.precision = precision
+        self._pairs = pairs_are_fast() if pairs is None else pairs
         self._parameters = model.num_parameters()
         self._rope = model.rope
         self._library = library
@@ -74,12 +85,15 @@ class NativeTransformer:
         self._operations: list[COperation] = []
         query, inner = spec.qkv_sizes[0], spec.intermediate_size
         wide = int(precision is Precision.INT8)
+        inputs = precision  # what products read
+        if precision is Precision.BFLOAT16 and not self._pairs:
+            inputs = Precision.FLOAT32
         self._buffers = [
             _Buffer(spec.hidden_size, Precision.FLOAT32),
-            _Buffer(spec.hidden_size, precision),
+            _Buffer(spec.hidden_size, inputs),
             _Buffer(sum(spec.qkv_sizes), Precision.FLOAT32),
-            _Buffer(query, precision),
-            _Buffer(inner, precision),
+            _Buffer(query, inputs),
+            _Buffer(inner, inputs),
             _Buffer(spec.hidden_size, Precision.FLOAT32),
             _Buffer(wide * query, Precision.FLOAT32),
             _Buffer(wide * inner, Precision.FLOAT32),
@@ -218,6 +232,7 @@ class NativeTransformer:
         program.operations, program.num_operations = self._c_operations, len(self._operations)
         program.buffers, program.weights = self._c_buffers, self._c_weights
         data = self._cache.data
+        program.pairs = self._pairs
         program.cache_precision = Precision.FLOAT32 if data.dtype == torch.float32 else Precision.BFLOAT16
         program.cache = CCache(
             keys_and_values=data.data_ptr(), blocks=self._cache.num_blocks, heads=spec.num_heads,

@@ -10,7 +10,8 @@ import torch
 
 from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
-from salver.model.kernels.build import KernelUnavailable, source_digest
+from salver.model.kernels import build
+from salver.model.kernels.build import KernelUnavailable
 from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
 from salver.model.spec import ModelSpec
@@ -104,7 +105,7 @@ def start_engine(
             numerics=config.numerics,
             threads=threads,
             row_multiple=multiple,
-            kernel=source_digest() if native else "",
+            kernel=build.numerics() if native else "",
         ),
         num_parameters=decoder.num_parameters(),
         num_blocks=num_blocks,

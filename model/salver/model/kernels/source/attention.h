@@ -57,7 +57,7 @@ struct CacheShape {
 // Turns query and key of a row by its position and stores key and value where the row's slot says.
 template <typename T>
 void rotate_and_store(const CacheShape& c, const Step& step, int layer, int row, float* heads) {
-    using Value = typename T::Input;
+    using Value = typename T::Weight;
     const int half = c.head_dim / 2;
     if (step.cos != nullptr) {
         const float* cos = step.cos + static_cast<std::ptrdiff_t>(row) * half;
@@ -116,7 +116,8 @@ inline __m512 put_weights(bf16* to, const __m512 (&scores)[TILE_BLOCKS], __m512 
 // ROWS query rows of one key head, each with its own number of keys.
 template <typename T, int ROWS>
 class Walk {
-    using Value = typename T::Input;
+    using Value = typename T::Weight;
+    using Input = typename T::Input;
     // Few rows wait for memory rather than for the multiplier: blocks lie anywhere, and the hardware's own
     // prefetch stops at every page. Rows of a prompt mostly find theirs where the rows before left them.
     static constexpr bool FEW = ROWS <= 4;
@@ -207,16 +208,19 @@ private:
 #pragma GCC unroll 4
             for (int i = 0; i < BLOCKS; i++) sum[r][i] = _mm512_set1_ps(-top_[r]);
         for (int d = 0; d < cache_.head_dim; d += T::STEP) {
-            __m512i key[BLOCKS];
+            if constexpr (FEW)
+                for (int i = 0; i < BLOCKS; i++) _mm_prefetch(next_keys_[first + i] + d * BLOCK, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int part = 0; part < T::PARTS; part++) {
+                __m512i key[BLOCKS];
 #pragma GCC unroll 4
-            for (int i = 0; i < BLOCKS; i++) {
-                key[i] = T::weights(keys[first + i] + d * BLOCK);
-                if constexpr (FEW) _mm_prefetch(next_keys_[first + i] + d * BLOCK, _MM_HINT_T0);
-            }
+                for (int i = 0; i < BLOCKS; i++) key[i] = T::weights(keys[first + i] + d * BLOCK, part);
 #pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++)
+                for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-                for (int i = 0; i < BLOCKS; i++) sum[r][i] = T::multiply(sum[r][i], query_[r] + d, key[i]);
+                    for (int i = 0; i < BLOCKS; i++)
+                        sum[r][i] = T::multiply(sum[r][i], query_[r] + d + part, key[i]);
+            }
         }
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++)
@@ -257,18 +261,22 @@ private:
             for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_load_ps(sum_[r] + d + v * LANES);
         for (int i = 0; i < blocks; i++) {
             for (int key = 0; key < BLOCK; key += T::STEP) {
-                const Value* from = values[i] + key * cache_.head_dim + d * T::STEP;
-                __m512i value[VECTORS];
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) {
-                    value[v] = T::weights(from + v * LANES * T::STEP);
-                    if constexpr (FEW) _mm_prefetch(next_values_[i] + (from - values[i]) + v * LANES * T::STEP, _MM_HINT_T0);
-                }
-#pragma GCC unroll 6
-                for (int r = 0; r < ROWS; r++)
+                const std::ptrdiff_t at = key * cache_.head_dim + d * T::STEP;
+                if constexpr (FEW)
+                    for (int v = 0; v < VECTORS; v++)
+                        _mm_prefetch(next_values_[i] + at + v * LANES * T::STEP, _MM_HINT_T0);
+#pragma GCC unroll 2
+                for (int part = 0; part < T::PARTS; part++) {
+                    __m512i value[VECTORS];
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++)
-                        sum[r][v] = T::multiply(sum[r][v], weights_[r] + i * BLOCK + key, value[v]);
+                        value[v] = T::weights(values[i] + at + v * LANES * T::STEP, part);
+#pragma GCC unroll 6
+                    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+                        for (int v = 0; v < VECTORS; v++)
+                            sum[r][v] = T::multiply(sum[r][v], weights_[r] + i * BLOCK + key + part, value[v]);
+                }
             }
         }
 #pragma GCC unroll 6
@@ -285,8 +293,8 @@ private:
     const Value *next_keys_[TILE_BLOCKS], *next_values_[TILE_BLOCKS];  // of the next tile, when FEW
     __m512 total_[ROWS];
     alignas(64) float sum_[ROWS][MAX_HEAD_DIM];
-    alignas(64) Value query_[ROWS][MAX_HEAD_DIM];
-    alignas(64) Value weights_[ROWS][TILE];
+    alignas(64) Input query_[ROWS][MAX_HEAD_DIM];
+    alignas(64) Input weights_[ROWS][TILE];
 };
 
 struct Attention {

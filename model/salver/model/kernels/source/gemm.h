@@ -17,25 +17,43 @@ constexpr int PANEL = 32;
 constexpr int AHEAD = 2048;  // bytes of a panel that are asked for before their time
 constexpr int MAX_ROWS = 12;  // 12 x 2 accumulators, 2 of W, 1 of x: 27 of 32 registers
 
+// What is multiplied how. An instruction (`multiply`) takes STEP / PARTS values of K of each column; where a
+// load holds more, `weights` gives them part by part.
 struct Float {
     using Input = float;
     using Weight = float;
     using Acc = __m512;
-    static constexpr int STEP = 1;
+    static constexpr int STEP = 1, PARTS = 1;
     static Acc zero() { return _mm512_setzero_ps(); }
-    static __m512i weights(const Weight* from) { return _mm512_loadu_si512(from); }
+    static __m512i weights(const Weight* from, int) { return _mm512_loadu_si512(from); }
     static Acc multiply(Acc acc, const Input* x, __m512i w) {
         return _mm512_fmadd_ps(_mm512_set1_ps(*x), _mm512_castsi512_ps(w), acc);
     }
 };
 
+// bf16 weights times floats. Half of a pair is a float when the other half is zero, so that the order of
+// sums is Float's.
+struct Widened {
+    using Input = float;
+    using Weight = bf16;
+    using Acc = __m512;
+    static constexpr int STEP = 2, PARTS = 2;
+    static Acc zero() { return _mm512_setzero_ps(); }
+    static __m512i weights(const Weight* from, int part) {
+        const __m512i pairs = _mm512_loadu_si512(from);
+        return part == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(~0xffff));
+    }
+    static Acc multiply(Acc acc, const Input* x, __m512i w) { return Float::multiply(acc, x, w); }
+};
+
+// bf16 times bf16, two products an instruction.
 struct Half {
     using Input = bf16;
     using Weight = bf16;
     using Acc = __m512;
-    static constexpr int STEP = 2;
+    static constexpr int STEP = 2, PARTS = 1;
     static Acc zero() { return _mm512_setzero_ps(); }
-    static __m512i weights(const Weight* from) { return _mm512_loadu_si512(from); }
+    static __m512i weights(const Weight* from, int) { return _mm512_loadu_si512(from); }
     static Acc multiply(Acc acc, const Input* x, __m512i w) {
         std::int32_t pair;
         std::memcpy(&pair, x, sizeof pair);
@@ -50,9 +68,9 @@ struct Int8 {
     using Input = std::int8_t;
     using Weight = std::uint8_t;
     using Acc = __m512i;
-    static constexpr int STEP = 4;
+    static constexpr int STEP = 4, PARTS = 1;
     static Acc zero() { return _mm512_setzero_si512(); }
-    static __m512i weights(const Weight* from) { return _mm512_loadu_si512(from); }
+    static __m512i weights(const Weight* from, int) { return _mm512_loadu_si512(from); }
     static Acc multiply(Acc acc, const Input* x, __m512i w) {
         std::int32_t four;
         std::memcpy(&four, x, sizeof four);
@@ -118,7 +136,7 @@ struct Gemm {
 
 // What was accumulated for a row in a panel, scaled and handed on.
 template <typename T>
-void finish_row(const Gemm& g, int row, int panel, const typename T::Acc (&acc)[2]) {
+void finish_row(const Gemm& g, int row, int panel, typename T::Acc first, typename T::Acc second) {
     if constexpr (T::STEP == 4) {
         const __m512i sum = _mm512_set1_epi32(g.row_sum[row]);
         const __m512 scale = _mm512_set1_ps(g.row_scale[row]);
@@ -127,9 +145,9 @@ void finish_row(const Gemm& g, int row, int panel, const typename T::Acc (&acc)[
             return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(value, sum)),
                                  _mm512_mul_ps(scale, _mm512_loadu_ps(of)));
         };
-        g.epilogue.apply(row, panel, scaled(acc[0], columns), scaled(acc[1], columns + LANES));
+        g.epilogue.apply(row, panel, scaled(first, columns), scaled(second, columns + LANES));
     } else {
-        g.epilogue.apply(row, panel, acc[0], acc[1]);
+        g.epilogue.apply(row, panel, first, second);
     }
 }
 
@@ -151,17 +169,21 @@ void multiply_tile(const Gemm& g, int row, int panel) {
     for (int k = 0; k < g.depth; k += T::STEP) {
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
-            const __m512i first = T::weights(w + p * size), second = T::weights(w + p * size + LANES * T::STEP);
             if constexpr (ROWS <= 4) {  // bound by memory, and the hardware's own prefetch stops at every page
                 const char* ahead = reinterpret_cast<const char*>(w + p * size) + AHEAD;
                 _mm_prefetch(ahead, _MM_HINT_T0);
                 _mm_prefetch(ahead + 64, _MM_HINT_T0);
             }
+#pragma GCC unroll 2
+            for (int part = 0; part < T::PARTS; part++) {
+                const __m512i first = T::weights(w + p * size, part);
+                const __m512i second = T::weights(w + p * size + LANES * T::STEP, part);
 #pragma GCC unroll 12
-            for (int r = 0; r < ROWS; r++) {
-                const Input* at = x + r * g.input_stride + k;
-                acc[p][r][0] = T::multiply(acc[p][r][0], at, first);
-                acc[p][r][1] = T::multiply(acc[p][r][1], at, second);
+                for (int r = 0; r < ROWS; r++) {
+                    const Input* at = x + r * g.input_stride + k + part;
+                    acc[p][r][0] = T::multiply(acc[p][r][0], at, first);
+                    acc[p][r][1] = T::multiply(acc[p][r][1], at, second);
+                }
             }
         }
         w += PANEL * T::STEP;
@@ -169,7 +191,7 @@ void multiply_tile(const Gemm& g, int row, int panel) {
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r++) finish_row<T>(g, row + r, panel + p, acc[p][r]);
+        for (int r = 0; r < ROWS; r++) finish_row<T>(g, row + r, panel + p, acc[p][r][0], acc[p][r][1]);
 }
 
 // How many panels at once: up to 24 accumulators, but for a row alone, which is bound by memory.

@@ -58,6 +58,7 @@ struct Program {
     const Operation* operations;
     std::int32_t num_operations;
     std::int32_t cache_precision;
+    std::int32_t pairs;        // attention multiplies bf16 with bf16, else with floats
     const Buffer* buffers;
     const Weight* weights;
     CacheShape cache;
@@ -217,20 +218,20 @@ Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
 }
 
 
-void run_product(const Gemm& g, int precision, int threads, Dealer& dealer) {
+using Multiply = void (*)(const Gemm&, int, int);
+
+Multiply multiply_of(const Weight& w, const Buffer& in) {
+    if (w.precision == FLOAT) return multiply<Float>;
+    if (w.precision == INT8) return multiply<Int8>;
+    return in.precision == FLOAT ? multiply<Widened> : multiply<Half>;
+}
+
+void run_product(const Gemm& g, Multiply multiply, int threads, Dealer& dealer) {
     // With few rows the weight streams from memory, which likes long runs.
     const int pieces = threads * (g.rows < 8 ? 2 : 8);
     const int run = threads == 1 ? g.panels : std::max(1, g.panels / pieces);
-    for (int begin = dealer.take(run); begin < g.panels; begin = dealer.take(run)) {
-        const int end = std::min(g.panels, begin + run);
-        if (precision == FLOAT) {
-            multiply<Float>(g, begin, end);
-        } else if (precision == BF16) {
-            multiply<Half>(g, begin, end);
-        } else {
-            multiply<Int8>(g, begin, end);
-        }
-    }
+    for (int begin = dealer.take(run); begin < g.panels; begin = dealer.take(run))
+        multiply(g, begin, std::min(g.panels, begin + run));
 }
 
 struct Team {
@@ -294,7 +295,7 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
             const Weight& w = p.weights[op.weight];
             Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias};
             e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
-            run_product(product(w, in, e, step.num_rows), w.precision, team.threads, dealer);
+            run_product(product(w, in, e, step.num_rows), multiply_of(w, in), team.threads, dealer);
             break;
         }
         case ROTATE_AND_STORE:
@@ -309,8 +310,10 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
         case ATTEND:
             if (p.cache_precision == FLOAT) {
                 attend_all<Float>(p, step, op, dealer);
-            } else {
+            } else if (p.pairs) {
                 attend_all<Half>(p, step, op, dealer);
+            } else {
+                attend_all<Widened>(p, step, op, dealer);
             }
             break;
         case PROGRESS:
@@ -332,13 +335,14 @@ void work(void* argument) {
 
 struct HeadWork {
     Gemm gemm;
-    int precision, threads;
+    Multiply multiply;
+    int threads;
     Dealer dealer;
 };
 
 void work_head(void* argument) {
     HeadWork& head = *static_cast<HeadWork*>(argument);
-    run_product(head.gemm, head.precision, head.threads, head.dealer);
+    run_product(head.gemm, head.multiply, head.threads, head.dealer);
 }
 
 struct PackWork {
@@ -408,7 +412,7 @@ void in_parallel(void (*function)(void*), void* argument, int threads) {
 extern "C" {
 
 // Bumped with any change of the structures or of a result's bits.
-std::int32_t salver_version() { return 1; }
+std::int32_t salver_version() { return 2; }
 
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
@@ -422,7 +426,7 @@ void salver_multiply(const Buffer* in, const Weight* weight, float* out, std::in
     HeadWork head{};
     const Epilogue e{Epilogue::STORE, NONE, false, out, weight->rows, weight->rows, weight->bias};
     head.gemm = product(*weight, *in, e, rows);
-    head.precision = weight->precision;
+    head.multiply = multiply_of(*weight, *in);
     head.threads = threads;
     in_parallel(work_head, &head, threads);
 }
