@@ -14,7 +14,7 @@
 namespace salver {
 
 constexpr int PANEL = 32;
-constexpr int AHEAD = 2048;  // bytes of a panel that are asked for before their time
+constexpr int AHEAD = 2048;  // bytes of a panel that few rows ask for before their time
 constexpr int MAX_ROWS = 12;  // 12 x 2 accumulators, 2 of W, 1 of x: 27 of 32 registers
 
 // What is multiplied how. An instruction (`multiply`) takes STEP / PARTS values of K of each column; where a
@@ -169,10 +169,16 @@ void multiply_tile(const Gemm& g, int row, int panel) {
     for (int k = 0; k < g.depth; k += T::STEP) {
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
-            if constexpr (ROWS <= 4) {  // bound by memory, and the hardware's own prefetch stops at every page
+            // The hardware's own prefetch stops at every page. Few rows are bound by memory; for more there is
+            // time to bring the next panel near.
+            if constexpr (ROWS <= 4) {
                 const char* ahead = reinterpret_cast<const char*>(w + p * size) + AHEAD;
                 _mm_prefetch(ahead, _MM_HINT_T0);
                 _mm_prefetch(ahead + 64, _MM_HINT_T0);
+            } else {
+                const char* ahead = reinterpret_cast<const char*>(w + (PANELS + p) * size);
+                _mm_prefetch(ahead, _MM_HINT_T1);
+                _mm_prefetch(ahead + 64, _MM_HINT_T1);
             }
 #pragma GCC unroll 2
             for (int part = 0; part < T::PARTS; part++) {

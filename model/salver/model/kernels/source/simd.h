@@ -1,4 +1,4 @@
-// Sixteen floats at a time: conversions, exponential, activations.
+// Sixteen floats at a time: conversions, powers of two, activations.
 //
 // Every function here is a fixed sequence of IEEE operations, so that a value gives the same bits
 // wherever it stands among its neighbours. Compiled without -ffast-math for the same reason.
@@ -47,25 +47,6 @@ inline bf16 to_bf16(float value) {
     return lanes[0];
 }
 
-// e^x within 2 units in the last place: 2^n by the exponent, the rest by a polynomial of degree 6
-// (Cephes expf). Below -87.3 the result is 0, so that what is masked with -inf weighs nothing.
-inline __m512 exponential(__m512 x) {
-    const __m512 lowest = _mm512_set1_ps(-87.33654f);
-    const __mmask16 alive = _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ);  // NaN stays alive
-    x = _mm512_min_ps(_mm512_set1_ps(88.72283f), x);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_maskz_scalef_ps(alive, p, n);
-}
-
 // 2^x: the whole part goes into the exponent, a polynomial gives the rest. -inf gives 0.
 template <std::size_t DEGREE>
 __m512 power_of_two(__m512 x, const float (&coefficients)[DEGREE]) {
@@ -87,7 +68,7 @@ enum Activation : std::int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RE
 
 inline __m512 sigmoid(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    return _mm512_div_ps(one, _mm512_add_ps(one, power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)))));
 }
 
 inline __m512 activate(__m512 x, std::int32_t activation) {
