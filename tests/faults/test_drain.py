@@ -111,8 +111,8 @@ def test_as_the_first_process_of_a_container(long_llama: Path, cache_dir: Path) 
         (front,) = psutil.Process(served.process.pid).children()
         ids = re.search(r"NSpid:(.*)", Path(f"/proc/{front.pid}/status").read_text())
         assert ids is not None and ids[1].split()[-1] == "1"
-        expected = served.tokens("to the end", max_tokens=400, ignore_eos=True)
-        stream = served.stream("to the end", max_tokens=400, ignore_eos=True)
+        expected = served.tokens("to the end", max_tokens=1000, ignore_eos=True)
+        stream = served.stream("to the end", max_tokens=1000, ignore_eos=True)
         collected = calls.Collected([next(stream)])
         killed = served.worker
         killed.kill()
