@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.decoders import VARIANTS, VOCAB, write
+from safetensors.torch import load_file, save_file
+from support.decoders import VARIANTS, VOCAB, Variant, write
 from support.stack import Stack, random_prompts
 
 from salver.model import loader
@@ -199,6 +200,32 @@ def as_before(config: dict[str, Any]) -> dict[str, Any]:
     kind = rope.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     return config
+
+
+def test_experts_packed_to_four_bits(tmp_path: Path) -> None:
+    """GPT-OSS as it was published: MXFP4, unpacked by transformers for the oracle."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64}
+    reference = Variant("GptOssForCausalLM", {**VARIANTS["GptOss plain"].config, **sizes}).build()
+    reference.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    torch.manual_seed(1)
+    for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
+        count, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (count, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(121, 125, (count, rows, columns // 32), dtype=torch.uint8)
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+        unpacked = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        reference.get_parameter(name).data.copy_(unpacked)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (prompt,) = random_prompts(VOCAB, [61])
+    expected = logits(reference, prompt)
+    assert expected.std() > 0.3
+    assert float((Stack(tmp_path).logits(prompt) - expected).abs().max()) < TOLERANCE
 
 
 def test_every_family_is_here() -> None:

@@ -333,6 +333,16 @@ def test_longrope_of_phi3(tmp_path: Path) -> None:
         ("DeepSeek-V3 in bfloat16", {"quantization_config": {"fmt": "e4m3"}}, "quantization_config"),
         ("DeepSeek-V3 in bfloat16", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ("gpt-oss-20b in bfloat16", {"swiglu_alpha": 2.0}, "swiglu_alpha"),
+        (
+            "gpt-oss-20b in bfloat16",
+            {"quantization_config": {"quant_method": "awq"}},
+            "quant_method is 'awq'",
+        ),
+        (
+            "gpt-oss-20b in bfloat16",
+            {"quantization_config": {"quant_method": "mxfp4"}, "intermediate_size": 2000},
+            "intermediate_size",
+        ),
         ("Qwen3-30B-A3B", {"mlp_only_layers": [-1]}, "mlp_only_layers"),
         ("Mixtral-8x7B-v0.1", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
     ],

@@ -8,6 +8,7 @@ from salver.model.spec import (
     Cat,
     Copy,
     Interleave,
+    Mxfp4,
     Optional,
     Source,
     Split,
@@ -25,6 +26,7 @@ SOURCES: list[tuple[Source, list[str]]] = [
     (Cat((K, Transpose(Q)), (1, 2), dim=1), ["h.7.k", "h.7.q"]),
     (Split(Q, (1, 2), 1, dim=1), ["h.7.q"]),
     (Interleave(Q, 2, 3, groups=4), ["h.7.q"]),
+    (Mxfp4("h.{layer}.b", "h.{layer}.s"), ["h.7.b", "h.7.s"]),
     (Stack((Q, Split(K, (1, 2), 1, groups=2))), ["h.7.q", "h.7.k"]),
     (Optional(Cat((Q, K), (1, 2)), (3,), 1.0), ["h.7.q", "h.7.k"]),
 ]

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .attention import choose
 from .config_reader import read_spec
 from .errors import CheckpointError
-from .spec import Cat, Copy, Optional, Source, Split, Stack, Transpose, WeightMap, names_of
+from .spec import Cat, Copy, Mxfp4, Optional, Source, Split, Stack, Transpose, WeightMap, names_of
 from .transformer import Transformer
 from .weights import WeightFile, open_weights
 
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -160,6 +161,8 @@ class CheckpointTensors:
                 target.fill_(source.fill)
             else:
                 raise ValueError(f"{source.shape} cannot fill {list(target.shape)}")
+        elif isinstance(source, Mxfp4):
+            self._unpack(source, target)
         elif isinstance(source, Split):
             shape = list(target.shape)
             shape[source.dim] = source.groups * sum(source.sizes)
@@ -181,11 +184,36 @@ class CheckpointTensors:
             moved = torch.unflatten(mine[:, turned], 1, (source.inner, source.outer, -1)).transpose(1, 2)
             moved.copy_(torch.unflatten(theirs[:, turned], 1, (source.outer, source.inner, -1)))
 
-    def _read(self, name: str) -> Tensor:
+    def _unpack(self, source: Mxfp4, target: Tensor) -> None:
+        """Fills a target [..., rows, columns], matrix by matrix."""
+        *before, rows, columns = target.shape
+        blocks = self._packed(source.blocks, [*before, rows, columns // 32, 16])
+        scales = self._packed(source.scales, [*before, rows, columns // 32])
+        values = torch.tensor(FP4)
+        matrices = zip(
+            target.view(-1, rows, columns),
+            blocks.reshape(-1, rows, columns // 32, 16),
+            scales.reshape(-1, rows, columns // 32),
+            strict=True,
+        )
+        for matrix, packed, scale in matrices:
+            pairs = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(2).int()
+            matrix.copy_(torch.ldexp(values[pairs], scale.int()[..., None] - 127).flatten(1))
+
+    def _packed(self, name: str, shape: list[int]) -> Tensor:
+        tensor = self._read(name, (torch.uint8,))
+        if list(tensor.shape) != shape:
+            file, full_name = self._files[name]
+            raise CheckpointError(
+                f"{file.path}: {full_name} has shape {list(tensor.shape)}, {shape} was expected"
+            )
+        return tensor
+
+    def _read(self, name: str, dtypes: tuple[torch.dtype, ...] = _DTYPES) -> Tensor:
         file, full_name = self._files[name]
         tensor = file.read(full_name)
-        if tensor.dtype not in _DTYPES:
-            supported = ", ".join(map(str, _DTYPES))
+        if tensor.dtype not in dtypes:
+            supported = ", ".join(map(str, dtypes))
             raise CheckpointError(
                 f"{file.path}: {full_name} is {tensor.dtype}, which is not supported (supported: {supported})"
             )
@@ -197,6 +225,8 @@ def _optional_names(source: Source) -> set[str]:
     if isinstance(source, Optional):
         return set(names_of(source))
     if isinstance(source, Copy):
+        return set()
+    if isinstance(source, Mxfp4):
         return set()
     parts = source.sources if isinstance(source, Cat | Stack) else (source.source,)
     return set[str]().union(*(_optional_names(part) for part in parts))

@@ -81,6 +81,18 @@ class Interleave:
 
 
 @dataclass(frozen=True, slots=True)
+class Mxfp4:
+    """4-bit floats in blocks of 32 that share a power of two (OCP Microscaling Formats 2023; GPT-OSS).
+
+    `blocks` names uint8 [..., rows, columns / 32, 16], two values a byte, the first in its low half;
+    `scales` uint8 [..., rows, columns / 32], exponents with a bias of 127.
+    """
+
+    blocks: str
+    scales: str
+
+
+@dataclass(frozen=True, slots=True)
 class Optional:
     """A tensor that a checkpoint may leave out: then one of `shape`, every value `fill`."""
 
@@ -89,13 +101,15 @@ class Optional:
     fill: float = 0.0
 
 
-Source = Copy | Transpose | Cat | Stack | Split | Interleave | Optional
+Source = Copy | Transpose | Cat | Stack | Split | Interleave | Mxfp4 | Optional
 
 
 def names_of(source: Source) -> Iterator[str]:
     """The checkpoint names that a source reads, in order."""
     if isinstance(source, Copy):
         yield source.name
+    elif isinstance(source, Mxfp4):
+        yield from (source.blocks, source.scales)
     elif isinstance(source, Cat | Stack):
         for part in source.sources:
             yield from names_of(part)
@@ -107,6 +121,8 @@ def in_layer(source: Source, layer: int) -> Source:
     """The source with the number of a layer in its names."""
     if isinstance(source, Copy):
         return Copy(source.name.replace(LAYER, str(layer)))
+    if isinstance(source, Mxfp4):
+        return Mxfp4(source.blocks.replace(LAYER, str(layer)), source.scales.replace(LAYER, str(layer)))
     if isinstance(source, Cat | Stack):
         return replace(source, sources=tuple(in_layer(part, layer) for part in source.sources))
     return replace(source, source=in_layer(source.source, layer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config_reader import ConfigReader
-from ..spec import Copy, ExpertsSpec, Interleave, ModelSpec, Source, Transpose
+from ..spec import Copy, ExpertsSpec, Interleave, ModelSpec, Mxfp4, Source, Transpose
 from ..weight_names import Names
 from . import family
 from .llama import LLAMA, llama_spec
@@ -17,13 +17,22 @@ def gpt_oss(c: ConfigReader) -> ModelSpec:
     bias = c.boolean("attention_bias", True)
     c.only("swiglu_alpha", 1.702)
     c.only("hidden_act", "silu")
+    quantization = c.section("quantization_config")
+    if quantization is not None:
+        quantization.only("quant_method", "mxfp4")
+        quantization.ignore("modules_to_not_convert")
+        quantization.refuse_unread()
+    packed = quantization is not None
+    for name in ("hidden_size", "intermediate_size") if packed else ():
+        if c.size(name) % 32:
+            raise c.error(name, f"({c.size(name)}) must be a multiple of the 32 values of a packed block")
     per_token = c.size("num_experts_per_tok", 4)
     c.only("experts_per_token", per_token)
     c.ignore("initial_context_length")
     return llama_spec(
         c,
         "GptOssForCausalLM",
-        names=_names(c.size("intermediate_size")),
+        names=_names(c.size("intermediate_size"), packed),
         theta=150000.0,
         head_dim=c.size("head_dim", 64),
         windows=in_sliding_layers(c, c.size_or_null("sliding_window", 128), lambda layer: layer % 2 == 0),
@@ -43,17 +52,22 @@ def gpt_oss(c: ConfigReader) -> ModelSpec:
     )
 
 
-def _names(inner: int) -> Names:
-    """The experts of a layer are one tensor, [in, out], with gate and up column by column."""
+def _names(inner: int, packed: bool) -> Names:
+    """The experts of a layer are one tensor, [in, out], or [out, in] where it is packed to four bits.
+
+    Gate and up stand row by row or column by column.
+    """
+
+    def whole(name: str, kind: str) -> Source:
+        if kind == "bias":
+            return Copy(f"{name}_bias")
+        return Mxfp4(f"{name}_blocks", f"{name}_scales") if packed else Transpose(Copy(name))
 
     def up(kind: str) -> Source:
-        name = f"{MLP}.experts.gate_up_proj"
-        source: Source = Transpose(Copy(name)) if kind == "weight" else Copy(f"{name}_bias")
-        return Interleave(source, inner, 2, dim=1)
+        return Interleave(whole(f"{MLP}.experts.gate_up_proj", kind), inner, 2, dim=1)
 
     def down(kind: str) -> Source:
-        name = f"{MLP}.experts.down_proj"
-        return Transpose(Copy(name)) if kind == "weight" else Copy(f"{name}_bias")
+        return whole(f"{MLP}.experts.down_proj", kind)
 
     return {
         **LLAMA,
