@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from parity.test_adapters import LENGTH, LLAMA, PROMPTS, of_peft, write_adapter
-from support.serving import Server
+from support.serving import SALVER, Server
 
 from salver.client import Client, FailedPrecondition, NotFound
 
@@ -44,6 +47,22 @@ def test_adapters_are_asked_by_name(
         assert models["polite"].base == server.name and not models[server.name].base
         with pytest.raises(NotFound):
             client.generate("x", model="quiet", max_tokens=1)
+        page = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
+        (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        exec(example.replace("127.0.0.1:50051", server.address), {})
+        command = [
+            SALVER,
+            "generate",
+            "x",
+            "--address",
+            server.address,
+            "--model",
+            "rude",
+            "--max-tokens",
+            "4",
+        ]
+        told = subprocess.run([*command, "--json"], check=True, capture_output=True, timeout=60).stdout
+        assert json.loads(told)["model"] == "rude"
         with client.stream_generate("x", model="rude", max_tokens=4, temperature=0) as stream:
             next(stream)
             resume = replace(stream.resume())

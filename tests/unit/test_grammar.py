@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bookkeeping import request
-from support.checkpoints import EOS, VOCAB_SIZE, write_tokenizer
+from support.checkpoints import EOS, write_tokenizer
 
+from salver.model.assistant_text import AssistantText, ToolFormat
+from salver.model.chat_template import ChatTemplate
 from salver.model.tokenizer import Tokenizer
 from salver.server.engine.grammar import Grammars, load_vocabulary
 from salver.server.engine.sequence import Sequence
 from salver.server.grammar_check import check, grammar_of
+from salver.server.rpc.tools import grammar_of_calls
+from salver.v1 import generation_pb2
 
 PROMPT = [5, 6]
 
@@ -58,7 +65,7 @@ def walk(grammars: Grammars, tokenizer: Tokenizer, grammar: str, rng: random.Ran
     item = sequence(grammar)
     for count in range(4000):
         (tokens,) = allowed(grammars, item)
-        assert tokens and max(tokens) < VOCAB_SIZE and 0 not in tokens
+        assert tokens and max(tokens) < tokenizer.vocab_size and 0 not in tokens
         if EOS in tokens and (count >= most or rng.random() < 0.3 or tokens == {EOS}):
             break
         choices = sorted(tokens - {EOS})
@@ -188,3 +195,46 @@ def test_resumed_tokens_must_follow(grammars: Grammars, tokenizer: Tokenizer) ->
     assert "grammar" in check(asked, grammars.warm())
     asked["outputs"] = [[], [*tokenizer.encode("yes"), EOS], tokenizer.encode("on")]
     assert check(asked, grammars.warm()) == {"output": 2}
+
+
+TEMPLATES = {
+    ToolFormat.HERMES: "{{ tools }} <tool_call>",
+    ToolFormat.LLAMA3: '{{ tools }} {"name": f, "parameters": p}',
+    ToolFormat.MISTRAL: "{{ tools }} [TOOL_CALLS]",
+}
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["marked by a token", "marked by text"])
+@pytest.mark.parametrize("kind", list(ToolFormat))
+def test_a_required_call_can_be_read_and_follows_its_schema(
+    checkpoint: Path, tmp_path: Path, kind: ToolFormat, special: bool
+) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    if special:
+        backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        backend.add_special_tokens(["[TOOL_CALLS]"])
+        backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    grammars = Grammars(lambda: load_vocabulary(tmp_path))
+    model: Any = SimpleNamespace(tokenizer=tokenizer, chat_template=ChatTemplate(TEMPLATES[kind]))
+    schema = {
+        "type": "object", "properties": {"x": {"enum": ["a\"}{", "b"]}, "n": {"type": "integer"}},
+        "required": ["x"], "additionalProperties": False,
+    }  # fmt: skip
+    add = generation_pb2.Tool(name="add", parameters=json.dumps(schema))
+    chat = generation_pb2.ChatRequest(tools=[add, generation_pb2.Tool(name="stop")])
+    chat.tool_choice.name = "add"
+    for seed in range(3):
+        answer = check(
+            {"form": "grammar", "value": grammar_of_calls(chat, model), "outputs": []}, grammars.warm()
+        )
+        text = walk(grammars, tokenizer, answer["grammar"], random.Random(seed), most=30)
+        reader = AssistantText(kind, reasoning=False)
+        parts = [*map(reader.add, text), reader.finish()]
+        calls = [delta for part in parts for delta in part.calls]
+        assert "".join(part.content for part in parts) == ""
+        names = [delta.name for delta in calls if delta.name]
+        assert set(names) == {"add"} and (len(names) == 1 or kind is ToolFormat.MISTRAL)
+        for index in range(len(names)):
+            arguments = "".join(delta.arguments for delta in calls if delta.index == index)
+            jsonschema.validate(json.loads(arguments), schema)

@@ -22,6 +22,7 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--seed", int, "makes the answer reproducible"),
     ("--max-tokens", int, "the end of the context when left out"),
     ("--min-tokens", int, "do not stop before"),
+    ("--model", str, "the served model, or one of its adapters"),
     ("--priority", int, "-10 to 10, higher is sooner"),
 )
 

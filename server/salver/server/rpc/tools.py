@@ -130,13 +130,19 @@ def grammar_of_calls(request: Any, model: ServedModel) -> str:
     ]
     call: dict[str, Any] = {"anyOf": calls} if len(calls) > 1 else calls[0]
     if of_model is ToolFormat.HERMES:
-        return f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {json.dumps(call)}\n'
+        return f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {_compact(call)}\n'
     if of_model is ToolFormat.LLAMA3:
-        return f"start: %json {json.dumps(call)}\n"
+        return f"start: %json {_compact(call)}\n"
     marks = [i for i in model.tokenizer.special_token_ids if model.tokenizer.token(i) == "[TOOL_CALLS]"]
     mark = f"<[{marks[0]}]>" if marks else '"[TOOL_CALLS]"'
     calls_of_list = {"type": "array", "items": call, "minItems": 1}
-    return f"start: {mark} calls\ncalls: %json {json.dumps(calls_of_list)}\n"
+    return f"start: {mark} calls\ncalls: %json {_compact(calls_of_list)}\n"
+
+
+def _compact(schema: dict[str, Any]) -> str:
+    """Of JSON written as models learned it: a blank after commas and colons, and no others."""
+    layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return json.dumps({**schema, "x-guidance": layout})
 
 
 class AnswerReader:
