@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -118,7 +119,7 @@ def _channel(options: argparse.Namespace) -> grpc.Channel:
 
 def _reflection(options: argparse.Namespace) -> tuple[str, str]:
     with _channel(options) as channel:
-        call: grpc.StreamStreamMultiCallable = channel.stream_stream(_REFLECTION)
+        call: Any = channel.stream_stream(_REFLECTION)
         metadata = connection_options(options).call_metadata()
         reply = next(call(iter([_LIST_SERVICES]), timeout=10, metadata=metadata))
     services = sorted({name.decode() for name in re.findall(rb"salver\.v1\.[A-Za-z]+", reply)})
