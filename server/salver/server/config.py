@@ -118,7 +118,9 @@ class ServerConfig:
     """Everything the server was told. Sizes in bytes, times in seconds; None: the server chooses."""
 
     model: str = _flag(
-        dataclasses.MISSING, "Model", "a catalog name (smollm2), a checkpoint directory, or a .gguf file"
+        dataclasses.MISSING,
+        "Model",
+        "a catalog name (smollm2, minilm), a checkpoint directory, or a .gguf file",
     )
     served_name: str | None = _flag(
         None, "Model", "the name that requests use", parse=_name, metavar="NAME",
