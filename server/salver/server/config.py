@@ -68,7 +68,7 @@ class ServerConfig(SecurityConfig, ObservabilityConfig):
     model: str = _flag(
         dataclasses.MISSING,
         "Model",
-        "a catalog name (smollm2), a checkpoint directory, a .gguf file, or a hub id (org/name)",
+        "a catalog name (smollm2, minilm), a checkpoint directory, a .gguf file, or a hub id (org/name)",
     )
     revision: str | None = _flag(
         None,
