@@ -96,52 +96,84 @@ class AdapterSet:
     def __init__(self, model: Transformer, adapters: Mapping[str, Adapter], row_multiple: int = 1) -> None:
         """`row_multiple` as in `numerics.row_multiple`."""
         self.digests = {name: adapter.digest for name, adapter in adapters.items()}
+        self._numbers = {name: number for number, name in enumerate(adapters)}
         self._active = _Active()
         self._device = model.device
         self._row_multiple = row_multiple
         for layer in sorted({layer for adapter in adapters.values() for layer in adapter.deltas}):
-            of_layer = {name: a.deltas[layer] for name, a in adapters.items() if layer in a.deltas}
+            of_layer = [adapter.deltas.get(layer, ()) for adapter in adapters.values()]
             parent, _, attribute = layer.rpartition(".")
             made = _AdaptedLinear(_linear(model, layer), of_layer, self._active)
             setattr(model.get_submodule(parent), attribute, made)
 
     def select(self, parts: Sequence[tuple[str, range]]) -> None:
         """Of the next step, the rows of each part, and the name of its adapter ("" for none)."""
-        rows: dict[str, list[int]] = {}
+        rows: dict[int, list[int]] = {}
         for name, part in parts:
             if name:
-                rows.setdefault(name, []).extend(part)
-        self._active.segments = []
-        for name, ids in rows.items():
-            padding = ids[:1] * (-len(ids) % self._row_multiple)
-            index = torch.tensor(ids + padding, device=self._device)
-            self._active.segments.append((name, index, len(ids)))
+                rows.setdefault(self._numbers[name], []).extend(part)
+        active = self._active
+        active.adapters = tuple(sorted(rows))
+        most = max(map(len, rows.values()), default=0)
+        active.width = most + -most % self._row_multiple
+        padded, places, targets = list[int](), list[int](), list[int]()
+        for number in active.adapters:
+            own = rows[number]
+            places += range(len(padded), len(padded) + len(own))
+            targets += own
+            padded += own + own[:1] * (active.width - len(own))
+        active.rows, active.places, active.targets = (
+            torch.tensor(ids, dtype=torch.int64, device=self._device) for ids in (padded, places, targets)
+        )
 
 
 @dataclass(slots=True)
 class _Active:
-    """Of a step: adapter, its rows padded with its first to a multiple, and how many there really are."""
+    """Of a step: its adapters in order, and as many rows of each, padded with its first.
 
-    segments: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    `places` are those among the padded rows that are no padding, `targets` the step's rows that they are.
+    """
+
+    adapters: tuple[int, ...] = ()
+    width: int = 0
+    rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    places: Tensor = field(default_factory=lambda: torch.empty(0))
+    targets: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class _AdaptedLinear(nn.Module):
-    """A linear layer, and what each adapter adds to it."""
+    """A linear layer, and what each adapter adds to it: two products for all adapters together."""
 
-    def __init__(self, base: Linear, deltas: Mapping[str, Sequence[Delta]], active: _Active) -> None:
+    def __init__(self, base: Linear, deltas: Sequence[Sequence[Delta]], active: _Active) -> None:
         super().__init__()
         self.weight = base.weight
         self.bias = base.bias
-        self._deltas = deltas
         self._active = active
+        rank = max(sum(len(delta.a) for delta in own) for own in deltas)
+        out, width = base.weight.shape
+        self._a = base.weight.new_zeros((len(deltas), rank, width))
+        self._b = base.weight.new_zeros((len(deltas), out, rank))
+        for a, b, own in zip(self._a, self._b, deltas, strict=True):
+            first = 0
+            for delta in own:
+                last = first + len(delta.a)
+                a[first:last] = delta.a
+                b[delta.start : delta.start + len(delta.b), first:last] = delta.b
+                first = last
+        self._chosen = (tuple(range(len(deltas))), self._a, self._b)  # of the adapters of the last step
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight, self.bias)
-        for name, rows, count in self._active.segments:
-            for delta in self._deltas.get(name, ()):
-                added = F.linear(F.linear(x.index_select(0, rows), delta.a), delta.b)[:count]
-                out[:, delta.start : delta.start + len(delta.b)].index_add_(0, rows[:count], added)
-        return out
+        active = self._active
+        if not active.adapters:
+            return out
+        if self._chosen[0] != active.adapters:
+            index = torch.tensor(active.adapters, device=x.device)
+            self._chosen = (active.adapters, self._a[index], self._b[index])
+        _, a, b = self._chosen
+        rows = x.index_select(0, active.rows).view(len(active.adapters), active.width, -1)
+        added = torch.bmm(torch.bmm(rows, a.mT), b.mT).flatten(0, 1)
+        return out.index_add_(0, active.targets, added.index_select(0, active.places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +230,7 @@ def _delta(
                 f"{shape} was expected"
             )
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(
-                f"{file.path}: tensor {module}.lora_{letter}.weight is not of finite numbers"
-            )
+            raise CheckpointError(f"{file.path}: tensor {module}.lora_{letter}.weight holds NaN or infinity")
     scaled = b.float() * config.scaling(module)
     return Delta(place.start, a.to(model.device, model.dtype), scaled.to(model.device, model.dtype))
 
