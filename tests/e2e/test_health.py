@@ -11,7 +11,7 @@ from support.serving import Server
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NAMES = [
     *("", "readiness", "liveness", "salver.v1.GenerationService"),
-    *("salver.v1.TokenizationService", "salver.v1.ModelService"),
+    *("salver.v1.EncodingService", "salver.v1.TokenizationService", "salver.v1.ModelService"),
 ]
 
 

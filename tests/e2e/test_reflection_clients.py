@@ -20,6 +20,7 @@ REQUEST = json.dumps(
     }
 )
 SERVICES = {
+    "salver.v1.EncodingService",
     "salver.v1.GenerationService",
     "salver.v1.ModelService",
     "salver.v1.TokenizationService",
