@@ -23,6 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def failed_start(model: object, *flags: str, cache_dir: Path, env: dict[str, str] | None = None) -> str:
     """What a start that must fail prints."""
     command = [SALVER, "serve", str(model), "--cache-dir", str(cache_dir), "--dtype", "float32", *flags]
+    if "--kernels" not in flags:
+        command += ["--kernels", "torch"]  # compiles nothing into a cache directory that is new
     if "--port" not in flags:
         command += ["--port", "0"]
     if "--metrics-port" not in flags:
