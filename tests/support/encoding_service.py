@@ -53,6 +53,10 @@ class LoopEngine:
             await asyncio.sleep(0)
 
 
+def ready_for(max_model_len: int) -> Ready:
+    return Ready("cpu", "float32", "torch", "2", "tokens-1", 1, 1, 16, max_model_len, 32, 256, ())
+
+
 class EncodingServer:
     """One checkpoint, served; `client` calls it."""
 
@@ -69,9 +73,7 @@ class EncodingServer:
                 clock=time.monotonic,
             )
         )
-        ready = Ready(
-            "cpu", "float32", "torch", "2", "tokens-1", 1, 1, 16, spec.max_input_tokens, 32, 256, ()
-        )
+        ready = ready_for(spec.max_input_tokens)
         self.tokenizer = Tokenizer.from_directory(checkpoint)
         self.model = ServedModel(
             "tiny", spec.architecture, self.tokenizer, None, ready, "abc",
@@ -80,7 +82,8 @@ class EncodingServer:
                 max_num_seqs=32, max_num_batched_tokens=256, max_samples=4, max_queued_requests=64,
                 max_queued_tokens=10_000, max_message_bytes=1 << 24,
             ),
-            spec, embedding, embedding.dimensions(spec.hidden_size),
+            encoder=spec, embedding=embedding,
+            embedding_dimensions=embedding.dimensions(spec.hidden_size),
         )  # fmt: skip
 
     @contextlib.asynccontextmanager

@@ -36,6 +36,7 @@ from salver.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from salver.client.inspection import DistributionOptions, StepDistribution, TokenProbability
 from salver.client.options import ConnectionOptions
 from salver.client.security import Tls, token_from_file
 from salver.client.types import (
@@ -79,6 +80,7 @@ __all__ = [
     "ConnectionOptions",
     "DataLoss",
     "DeadlineExceeded",
+    "DistributionOptions",
     "EmbedOptions",
     "Embedding",
     "ExtractAnswerOptions",
@@ -111,6 +113,7 @@ __all__ = [
     "ScoreResult",
     "ServerInfo",
     "Setting",
+    "StepDistribution",
     "StopMatch",
     "Stream",
     "Timings",
@@ -119,6 +122,7 @@ __all__ = [
     "TokenClassification",
     "TokenEmbedding",
     "TokenLogprob",
+    "TokenProbability",
     "Tool",
     "ToolCall",
     "Unauthenticated",

@@ -11,7 +11,7 @@ from typing import Any, Self, Unpack
 import grpc
 import grpc.aio
 
-from salver.client import encoding, rpcs
+from salver.client import encoding, inspection, rpcs
 from salver.client.addresses import Address, to_target
 from salver.client.convert import Conversation, PromptLike
 from salver.client.encoding import (
@@ -31,6 +31,7 @@ from salver.client.encoding import (
     TokenClassification,
 )
 from salver.client.errors import Cancelled, SalverError, from_rpc_error
+from salver.client.inspection import DistributionOptions, StepDistribution
 from salver.client.options import DEFAULT_TIMEOUT, ConnectionOptions
 from salver.client.resumption import Attempts, Resumption
 from salver.client.rpcs import Rpc
@@ -278,6 +279,16 @@ class AsyncClient:
         request = encoding.extract_answer_request(question, context, options)
         found: list[Answer] = await self._call(
             rpcs.encode("ExtractAnswer", request, encoding.answers, options)
+        )
+        return found
+
+    async def get_distribution(
+        self, prompt: PromptLike, **options: Unpack[DistributionOptions]
+    ) -> list[StepDistribution]:
+        """The next token's distribution before and after each step of sampling; the last is drawn from."""
+        request = inspection.distribution_request(prompt, options)
+        found: list[StepDistribution] = await self._call(
+            rpcs.inspect("GetDistribution", request, inspection.distribution, options)
         )
         return found
 

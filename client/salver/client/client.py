@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from salver.client import encoding, rpcs
+from salver.client import encoding, inspection, rpcs
 from salver.client.addresses import Address, to_target
 from salver.client.convert import Conversation, PromptLike
 from salver.client.encoding import (
@@ -30,6 +30,7 @@ from salver.client.encoding import (
     TokenClassification,
 )
 from salver.client.errors import Cancelled, SalverError, from_rpc_error
+from salver.client.inspection import DistributionOptions, StepDistribution
 from salver.client.options import DEFAULT_TIMEOUT, ConnectionOptions
 from salver.client.resumption import Attempts, Resumption
 from salver.client.rpcs import Rpc
@@ -273,6 +274,16 @@ class Client:
         """The spans of the context that answer the question, best first."""
         request = encoding.extract_answer_request(question, context, options)
         found: list[Answer] = self._call(rpcs.encode("ExtractAnswer", request, encoding.answers, options))
+        return found
+
+    def get_distribution(
+        self, prompt: PromptLike, **options: Unpack[DistributionOptions]
+    ) -> list[StepDistribution]:
+        """The next token's distribution before and after each step of sampling; the last is drawn from."""
+        request = inspection.distribution_request(prompt, options)
+        found: list[StepDistribution] = self._call(
+            rpcs.inspect("GetDistribution", request, inspection.distribution, options)
+        )
         return found
 
     def tokenize(

@@ -17,6 +17,7 @@ from salver.v1 import (
     encoding_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    inspection_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     tokenization_pb2,
@@ -32,6 +33,7 @@ class Stubs:
     def __init__(self, channel: Any) -> None:
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         self.encoding: Any = encoding_pb2_grpc.EncodingServiceStub(channel)
+        self.inspection: Any = inspection_pb2_grpc.InspectionServiceStub(channel)
         self.tokenization: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)
         self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
         self.health: Any = health.check(channel)
@@ -83,6 +85,11 @@ def score(inputs: Iterable[tuple[PromptLike, PromptLike]], options: ScoreOptions
 def encode(method: str, request: Any, decode: Callable[[Any], Any], options: Any) -> Rpc:
     """A call of EncodingService; the same request has the same answer, so it may be begun anew."""
     return Rpc(attrgetter(f"encoding.{method}"), request, decode, encoding.timeout_of(options), True)
+
+
+def inspect(method: str, request: Any, decode: Callable[[Any], Any], options: Any) -> Rpc:
+    """A call of InspectionService; the same request has the same answer, so it may be begun anew."""
+    return Rpc(attrgetter(f"inspection.{method}"), request, decode, encoding.timeout_of(options), True)
 
 
 def tokenize(text: str, add_special_tokens: bool | None, timeout: float | None) -> Rpc:

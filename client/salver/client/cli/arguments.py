@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
-from salver.client.cli import chat, commands, deploy_check, encoding
+from salver.client.cli import chat, commands, deploy_check, encoding, inspection
 from salver.client.cli.connection import add_connection_flags
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
@@ -25,6 +26,10 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--model", str, "the served model, or one of its adapters"),
     ("--priority", int, "-10 to 10, higher is sooner"),
 )
+
+
+# Of these, what does nothing to the distribution of one token.
+_OF_WHOLE_ANSWERS = ("--seed", "--max-tokens")
 
 
 def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
@@ -54,6 +59,7 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     score.add_argument("continuations", nargs="+", metavar="CONTINUATION")
 
     _encoding_commands(subparsers)
+    _inspection_commands(subparsers)
 
     tokenize = _command(subparsers, "tokenize", commands.tokenize, "the tokens of a text")
     tokenize.add_argument("text", help="- reads it from standard input")
@@ -123,6 +129,19 @@ def _encoding_commands(subparsers: Any) -> None:
         parser.add_argument(
             "--truncate", action="store_true", default=None, help="leave out the end of what is too long"
         )
+
+
+def _inspection_commands(subparsers: Any) -> None:
+    flags = [entry for entry in _SAMPLING if entry[0] not in _OF_WHOLE_ANSWERS]
+    names = (*(flag[2:].replace("-", "_") for flag, _, _ in flags), "bad_words", "allowed_words", "timeout")
+    run = functools.partial(inspection.distribution, names=names)
+    found = _command(subparsers, "distribution", run, "what the next token may be, step by step of sampling")
+    found.add_argument("text", help="the prompt; - reads it from standard input")
+    found.add_argument("--show", type=int, default=5, metavar="N", help="tokens of each step (default: 5)")
+    for flag, kind, text in flags:
+        found.add_argument(flag, type=kind, help=text)
+    found.add_argument("--bad-words", nargs="+", metavar="WORD", help="never write these")
+    found.add_argument("--allowed-words", nargs="+", metavar="WORD", help="write nothing but these")
 
 
 def _command(subparsers: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

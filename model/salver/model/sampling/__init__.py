@@ -1,8 +1,19 @@
 """From logits to tokens: processing steps, the draw, log-probabilities."""
 
+from salver.model.sampling.distribution import StepDistribution, distributions
 from salver.model.sampling.logprobs import TokenLogprobs, token_logprobs
 from salver.model.sampling.rows import SamplingRow
 from salver.model.sampling.sampler import INVALID, sample
 from salver.model.sampling.steps import STEPS, Step
 
-__all__ = ["INVALID", "STEPS", "SamplingRow", "Step", "TokenLogprobs", "sample", "token_logprobs"]
+__all__ = [
+    "INVALID",
+    "STEPS",
+    "SamplingRow",
+    "Step",
+    "StepDistribution",
+    "TokenLogprobs",
+    "distributions",
+    "sample",
+    "token_logprobs",
+]

@@ -52,9 +52,13 @@ def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return logits
 
 
+def weights(logits: Tensor) -> Tensor:
+    """float32 [R, V]: a token is drawn in proportion to this, of processed logits."""
+    return (logits - logits.amax(dim=-1, keepdim=True)).exp()
+
+
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = weights(logits).cumsum(dim=-1, dtype=torch.float64)
     noise = uniforms(
         [row.seed for row in rows],
         [row.sample_index for row in rows],

@@ -21,6 +21,12 @@ class EncodedText:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @classmethod
+    def of_ids(cls, token_ids: Sequence[int]) -> EncodedText:
+        """Of token ids that come without a text."""
+        count = len(token_ids)
+        return cls(tuple(token_ids), (0,) * count, ((0, 0),) * count, (0,) * count, (None,) * count)
+
     def keep(self, places: Sequence[int]) -> EncodedText:
         """Of these tokens only."""
         return EncodedText(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from salver.model.pooling import Pool
+from salver.model.sampling import StepDistribution
 from salver.server.engine.core import RowResult
 from salver.server.engine.request import Readout
 from salver.server.engine.scheduler import Scheduled
@@ -40,3 +41,19 @@ def read_states(item: Scheduled, hidden: NDArray[np.float32], result: RowResult,
     if ends:
         vector = pool.vector()
         result.arrays = (vector if dense is None else dense(vector),)
+
+
+def distribution_arrays(steps: Sequence[StepDistribution], top_k: int) -> tuple[NDArray[Any], ...]:
+    """What Readout.DISTRIBUTION promises."""
+    ids = np.full((len(steps), top_k), -1, dtype=np.int64)
+    probabilities = np.zeros((len(steps), top_k))
+    for row, step in enumerate(steps):
+        ids[row, : len(step.token_ids)] = step.token_ids
+        probabilities[row, : len(step.token_ids)] = step.probabilities
+    return (
+        np.array([step.name for step in steps]),
+        ids,
+        probabilities,
+        np.array([step.num_tokens for step in steps], dtype=np.int64),
+        np.array([(step.removed_mass, step.entropy) for step in steps]),
+    )

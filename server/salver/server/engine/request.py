@@ -71,6 +71,7 @@ class Readout(enum.Enum):
     EMBEDDING = "embedding"  # pooled, and through the checkpoint's dense modules [dimensions]
     SCORES = "scores"  # the head's: [labels], or [n, labels] of a head that reads every token
     CANDIDATES = "candidates"  # the vocabulary head's most probable tokens at some positions
+    DISTRIBUTION = "distribution"  # the next token's, before and after each step of sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,9 @@ class EncodingParams:
 
     CANDIDATES of m `positions` are three arrays: token ids int64 [m, top_k], most probable first, their
     log-probabilities [m, top_k], and those of the `targets` [m, len(targets)].
+    DISTRIBUTION is of the request's sampling and stopping, s steps: names str [s], token ids int64
+    [s, top_k], most probable first and -1 for none, their probabilities float64 [s, top_k], tokens that can
+    be chosen int64 [s], and float64 [s, 2]: removed mass and entropy. See `salver.model.sampling`.
     """
 
     readout: Readout

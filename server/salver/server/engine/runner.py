@@ -11,14 +11,14 @@ from torch import Tensor
 from salver.model.adapters import AdapterSet
 from salver.model.attention import AttentionBatch
 from salver.model.cache import KVCache
-from salver.model.sampling import INVALID, SamplingRow, TokenLogprobs, sample, token_logprobs
+from salver.model.sampling import INVALID, SamplingRow, TokenLogprobs, distributions, sample, token_logprobs
 from salver.model.transformer import Decoder
 from salver.server.engine.batch import Part, build_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.grammar import Grammars, Mask
-from salver.server.engine.readouts import Dense, read_states
-from salver.server.engine.request import EngineRequest, Logprobs
+from salver.server.engine.readouts import Dense, distribution_arrays, read_states
+from salver.server.engine.request import EncodingParams, EngineRequest, Logprobs, Readout
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
 
@@ -91,9 +91,23 @@ class ModelRunner:
             if item.sequence.request.prompt_top_k is not None:
                 self._prompt_logprobs(item, hidden, first_row, result)
             if item.sequence.request.encoding is not None:
-                states = hidden[first_row : first_row + item.num_tokens].float().cpu().numpy().copy()
-                read_states(item, states, result, self._dense)
+                self._read(item, item.sequence.request.encoding, hidden, first_row, result)
         return StepResult(results, model_duration)
+
+    def _read(
+        self, item: Scheduled, encoding: EncodingParams, hidden: Tensor, first_row: int, result: RowResult
+    ) -> None:
+        """What `encoding` asks for of the part's rows."""
+        if encoding.readout is not Readout.DISTRIBUTION:
+            states = hidden[first_row : first_row + item.num_tokens].float().cpu().numpy().copy()
+            read_states(item, states, result, self._dense)
+        elif item.start + item.num_tokens == item.sequence.num_tokens:
+            logits = self.logits(hidden, [first_row + item.num_tokens - 1])[0]
+            if not _are_numbers(logits):
+                result.error = "the model's logits are not numbers"
+                return
+            (row,) = sampling_rows(item.sequence)
+            result.arrays = distribution_arrays(distributions(logits, row, encoding.top_k), encoding.top_k)
 
     def logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """float32 [len(rows), vocab] of these rows of hidden [N, hidden_size]."""

@@ -420,9 +420,7 @@ def _prefix(request: Any, model: ServedModel) -> str:
 def _embedded(prompt: common_pb2.Prompt, prefix: str, model: ServedModel) -> EncodedText:
     """Of text with its prompt and special tokens, or of token ids as they are."""
     if prompt.WhichOneof("prompt") == "token_ids":
-        ids = tuple(prompt.token_ids.ids)
-        nothing = (None,) * len(ids)
-        return EncodedText(ids, (0,) * len(ids), ((0, 0),) * len(ids), (0,) * len(ids), nothing)
+        return EncodedText.of_ids(prompt.token_ids.ids)
     text = prefix + prompt.text
     return model.tokenizer.encode_input(text.lower() if model.embedding.lower_case else text)
 

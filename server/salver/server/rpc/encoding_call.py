@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
@@ -75,6 +75,15 @@ class ArraySink:
 
 
 @dataclass(frozen=True, slots=True)
+class NextToken:
+    """How the token after an input, and the output that it has already, would be chosen."""
+
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
+    stopping: StoppingParams = field(default_factory=lambda: StoppingParams(max_tokens=0))
+    output_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Computed:
     """What came of a call's inputs: their arrays in order, the tokens they were, and when."""
 
@@ -117,11 +126,20 @@ class EncodingCall:
             sink.end(self._submissions)
         self._permit.release()
 
-    async def compute(self, inputs: Sequence[EncodedText], params: Sequence[EncodingParams]) -> Computed:
-        """Of every input what its params ask for. Raises ApiError and EngineError."""
-        num_tokens = sum(map(len, inputs))
+    async def compute(
+        self,
+        inputs: Sequence[EncodedText],
+        params: Sequence[EncodingParams],
+        next_token: NextToken | None = None,
+    ) -> Computed:
+        """Of every input what its params ask for. Raises ApiError and EngineError.
+
+        `next_token`: how it would be chosen, where that is asked for.
+        """
+        next_token = next_token or NextToken()
+        num_tokens = sum(map(len, inputs)) + len(inputs) * len(next_token.output_token_ids)
         self._permit.add_tokens(num_tokens)
-        sinks = [ArraySink(self._request(*both)) for both in zip(inputs, params, strict=True)]
+        sinks = [ArraySink(self._request(*both, next_token)) for both in zip(inputs, params, strict=True)]
         self._permit.check_deadline([sink.request for sink in sinks])
         for sink in sinks:
             self._sinks.append(sink)
@@ -140,12 +158,13 @@ class EncodingCall:
             self._metrics.succeeded("encode")
         return Computed(list(arrays), num_tokens, timings)
 
-    def _request(self, tokens: EncodedText, encoding: EncodingParams) -> EngineRequest:
+    def _request(self, tokens: EncodedText, encoding: EncodingParams, next_token: NextToken) -> EngineRequest:
         return EngineRequest(
             request_id=next_request_id(),
             prompt_token_ids=tokens.token_ids,
-            sampling=SamplingParams(temperature=0.0),
-            stopping=StoppingParams(max_tokens=0),
+            sampling=next_token.sampling,
+            stopping=next_token.stopping,
+            outputs=(next_token.output_token_ids,),
             priority=self._priority,
             deadline=self._deadline,
             arrival=self._arrival,

@@ -205,7 +205,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         permit = self._admission.admit()
         try:
             text, token_ids = await read_prompt()
-            params = await self._with_words(params, model)
+            said = params.configuration.sampling
+            sampling = await self._prompts.with_words(said, params.sampling, model)
+            params = replace(params, sampling=sampling)
             engine_request = _engine_request(params, token_ids, model, arrival=arrival, deadline=deadline)
             grammar = await self._grammar(request, model, engine_request.outputs)
             engine_request = replace(engine_request, grammar=grammar)
@@ -242,20 +244,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             lark = grammar_of_calls(request, model)
             return await self._grammars.compile_form("grammar", lark, "tools", model, outputs)
         return ""
-
-    async def _with_words(self, params: GenerationParams, model: ServedModel) -> GenerationParams:
-        """The parameters with their words as tokens. Raises ApiError where allowed words have none."""
-        said = params.configuration.sampling
-        if not (said.bad_words or said.allowed_words):
-            return params
-        bad = await self._prompts.words(said.bad_words, model)
-        allowed = await self._prompts.words(said.allowed_words, model)
-        if said.allowed_words and not allowed:
-            raise invalid_argument([Violation("sampling.allowed_words", "tokenize to nothing")])
-        sampling = replace(
-            params.sampling, bad_words=(*params.sampling.bad_words, *bad), allowed_words=allowed
-        )
-        return replace(params, sampling=sampling)
 
     def _checked(
         self, request: Any, model: ServedModel

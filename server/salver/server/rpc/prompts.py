@@ -6,13 +6,14 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from google.protobuf import json_format, struct_pb2
 
 from salver.model.chat_template import ChatTemplate, ChatTemplateError
 from salver.model.tokenizer import Tokenizer
+from salver.server.engine.request import SamplingParams
 from salver.server.rpc.errors import Violation, invalid_argument, task_not_supported
 from salver.server.rpc.served import ServedModel
 from salver.server.rpc.tools import for_template, turn_of
@@ -102,6 +103,21 @@ class PromptReader:
             return tuple(ids for ids in found if ids)
 
         return await self.run(sum(map(len, texts)), work) if texts else ()
+
+    async def with_words(
+        self, said: common_pb2.SamplingParams, sampling: SamplingParams, model: ServedModel
+    ) -> SamplingParams:
+        """The parameters with the words that were said as tokens.
+
+        Raises ApiError where allowed words have none.
+        """
+        if not (said.bad_words or said.allowed_words):
+            return sampling
+        bad = await self.words(said.bad_words, model)
+        allowed = await self.words(said.allowed_words, model)
+        if said.allowed_words and not allowed:
+            raise invalid_argument([Violation("sampling.allowed_words", "tokenize to nothing")])
+        return replace(sampling, bad_words=(*sampling.bad_words, *bad), allowed_words=allowed)
 
     async def score(
         self, inputs: Sequence[generation_pb2.ScoreInput], model: ServedModel

@@ -196,6 +196,26 @@ def check_generation(request: Any, model: ServedModel, violations: Violations) -
     )
 
 
+def check_next_token(
+    request: Any, model: ServedModel, violations: Violations
+) -> tuple[Configuration, SamplingParams, StoppingParams]:
+    """What decides about one token of a GetDistributionRequest; words are text still."""
+    limits = model.limits
+    for part, names in (("sampling", ("n", "seed")), ("stopping", ("max_tokens", "stop", "include_stop"))):
+        said = {field.name for field, _ in getattr(request, part).ListFields()}
+        for name in names:
+            if name in said:
+                violations.add(f"{part}.{name}", "does nothing to the distribution of one token")
+    configuration = in_force(request, model.defaults)
+    sampling, _, _ = _check_sampling(configuration.sampling, limits, violations)
+    stopping = configuration.stopping
+    _, min_tokens = _check_stopping(stopping, limits, violations)
+    stop_token_ids = frozenset(stopping.stop_token_ids)
+    if not stopping.ignore_eos:
+        stop_token_ids |= frozenset(model.tokenizer.eos_token_ids)
+    return configuration, sampling, StoppingParams(0, min_tokens, stop_token_ids)
+
+
 def _check_sampling(
     proto: common_pb2.SamplingParams, limits: RequestLimits, violations: Violations
 ) -> tuple[SamplingParams, int | None, int]:
