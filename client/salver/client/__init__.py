@@ -36,6 +36,14 @@ from salver.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from salver.client.inspection import (
+    Hyperparameter,
+    MemoryArithmetic,
+    ModelCard,
+    ParameterCount,
+    ParameterTensor,
+    SpeedArithmetic,
+)
 from salver.client.options import ConnectionOptions
 from salver.client.security import Tls, token_from_file
 from salver.client.types import (
@@ -89,17 +97,22 @@ __all__ = [
     "FinishReason",
     "GenerateResult",
     "GenerationOptions",
+    "Hyperparameter",
     "Internal",
     "InvalidArgument",
     "LabelScore",
     "LabelledSpan",
     "Limits",
     "MaskCandidate",
+    "MemoryArithmetic",
     "Message",
     "Model",
+    "ModelCard",
     "NotFound",
     "Origin",
     "OutOfRange",
+    "ParameterCount",
+    "ParameterTensor",
     "PermissionDenied",
     "RankedDocument",
     "RerankOptions",
@@ -111,6 +124,7 @@ __all__ = [
     "ScoreResult",
     "ServerInfo",
     "Setting",
+    "SpeedArithmetic",
     "StopMatch",
     "Stream",
     "Timings",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from salver.client import convert, encoding, health
+from salver.client import convert, encoding, health, inspection
 from salver.client.convert import Conversation, PromptLike
 from salver.client.options import DEFAULT_TIMEOUT, GENERATION_TIMEOUT
 from salver.client.types import ChatOptions, GenerationOptions, Resume, ScoreOptions
@@ -17,6 +17,7 @@ from salver.v1 import (
     encoding_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    inspection_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     tokenization_pb2,
@@ -32,6 +33,7 @@ class Stubs:
     def __init__(self, channel: Any) -> None:
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         self.encoding: Any = encoding_pb2_grpc.EncodingServiceStub(channel)
+        self.inspection: Any = inspection_pb2_grpc.InspectionServiceStub(channel)
         self.tokenization: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)
         self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
         self.health: Any = health.check(channel)
@@ -114,6 +116,11 @@ def get_model(model: str, timeout: float | None) -> Rpc:
         return convert.from_model(reply.model)
 
     return _other("models.GetModel", model_pb2.GetModelRequest(model=model), decode, timeout)
+
+
+def model_card(model: str, context: int | None, timeout: float | None) -> Rpc:
+    request = inspection.model_card_request(model, context)
+    return _other("inspection.GetModelCard", request, inspection.model_card, timeout)
 
 
 def server_info(timeout: float | None) -> Rpc:

@@ -24,6 +24,7 @@ from salver.server.rpc.generation import GenerationService
 from salver.server.rpc.grammar import GrammarCompiler
 from salver.server.rpc.health import SERVICE_NAME as HEALTH
 from salver.server.rpc.health import HealthService
+from salver.server.rpc.inspection import InspectionService
 from salver.server.rpc.interceptor import CallInterceptor
 from salver.server.rpc.models import ModelService, version
 from salver.server.rpc.prompts import PromptReader
@@ -39,6 +40,8 @@ from salver.v1 import (
     encoding_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    inspection_pb2,
+    inspection_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     tokenization_pb2,
@@ -49,7 +52,7 @@ _log = logging.getLogger("salver.rpc")
 
 SERVICES = tuple(
     service.full_name
-    for file in (generation_pb2, encoding_pb2, tokenization_pb2, model_pb2)
+    for file in (generation_pb2, encoding_pb2, inspection_pb2, tokenization_pb2, model_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 STATUS_CODES = tuple(code.name for code in grpc.StatusCode)
@@ -77,7 +80,7 @@ def all_methods() -> dict[str, tuple[bool, bool]]:
 
     methods = dict(
         entry
-        for file in (generation_pb2, encoding_pb2, tokenization_pb2, model_pb2, health_pb2)
+        for file in (generation_pb2, encoding_pb2, inspection_pb2, tokenization_pb2, model_pb2, health_pb2)
         for entry in of_file(file)
     )
     for name, streaming in of_file(reflection_pb2):
@@ -121,6 +124,9 @@ class RpcServer:
         )
         encoding_pb2_grpc.add_EncodingServiceServicer_to_server(
             EncodingService(front, admission, metrics, self._prompts), self._server
+        )
+        inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
+            InspectionService(front, admission), self._server
         )
         tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
             TokenizationService(front, self._prompts), self._server
