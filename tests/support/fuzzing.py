@@ -37,6 +37,8 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(1, 9),
     "stop": st.sampled_from(["ab", "e"]),
 }
+# Parts that a request often has. Plausible ones have few others: many are refused beside one another.
+USUAL_PARTS = {"prompt", "sampling", "stopping", "messages", "inputs", "context", "continuation"}
 STRINGS = ["", "\0", "a", "\U0001f600" * 3, "x" * 100_000, "../../etc/passwd", "{{ 7 * 7 }}", "‮‏ẞ"]
 UNKNOWN_FIELDS = [
     b"",
@@ -106,6 +108,9 @@ def messages(draw: st.DrawFn, descriptor: Descriptor, depth: int = 0, sane: bool
         if field.message_type is not None and depth >= MAX_DEPTH:
             continue
         if sane and field.message_type is None and _plausible(field) is None:
+            continue
+        unusual = field.message_type is not None and field.name not in USUAL_PARTS
+        if sane and unusual and draw(st.integers(0, 9)):
             continue
         _fill(draw, message, field, depth, sane)
     return message

@@ -22,7 +22,8 @@ ENGINE = "salver.server.engine"
 WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
-        "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts", "runner", "startup", "worker"
+        "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts", "roofline", "runner",
+        "startup", "worker",
     )
 )  # fmt: skip
 PURE = tuple(
@@ -46,7 +47,7 @@ MODEL_FRONT = tuple(
     for name in (
         *("tokenizer", "chat_template", "config_reader", "spec", "errors", "checkpoint", "families"),
         *("rope_config", "weight_names", "encoder_spec", "encoder_config", "embedding_spec", "pooling"),
-        *("generation_config", "assistant_text"),
+        *("generation_config", "assistant_text", "arithmetic", "hyperparameters"),
     )
 )
 

@@ -49,7 +49,7 @@ def test_roberta_vocabulary_and_merges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tokenizer_class": "XLMRobertaTokenizer"}, r"vocab\.json: for the tokenizer_class XLMRoberta"),
+        ({"tokenizer_class": "XLMRobertaTokenizer"}, r"tokenizer_class 'XLMRobertaTokenizer' without"),
         ({"tokenizer_class": "RobertaTokenizer", "cls_token": "[CLS]"}, r"vocab\.json: .*\[CLS\]"),
     ],
 )

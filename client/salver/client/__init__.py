@@ -37,6 +37,14 @@ from salver.client.errors import (
     Unavailable,
 )
 from salver.client.inspection import DistributionOptions, StepDistribution, TokenProbability
+from salver.client.model_card import (
+    Hyperparameter,
+    MemoryArithmetic,
+    ModelCard,
+    ParameterCount,
+    ParameterTensor,
+    SpeedArithmetic,
+)
 from salver.client.options import ConnectionOptions
 from salver.client.security import Tls, token_from_file
 from salver.client.types import (
@@ -91,17 +99,22 @@ __all__ = [
     "FinishReason",
     "GenerateResult",
     "GenerationOptions",
+    "Hyperparameter",
     "Internal",
     "InvalidArgument",
     "LabelScore",
     "LabelledSpan",
     "Limits",
     "MaskCandidate",
+    "MemoryArithmetic",
     "Message",
     "Model",
+    "ModelCard",
     "NotFound",
     "Origin",
     "OutOfRange",
+    "ParameterCount",
+    "ParameterTensor",
     "PermissionDenied",
     "RankedDocument",
     "RerankOptions",
@@ -113,6 +126,7 @@ __all__ = [
     "ScoreResult",
     "ServerInfo",
     "Setting",
+    "SpeedArithmetic",
     "StepDistribution",
     "StopMatch",
     "Stream",

@@ -32,6 +32,7 @@ from salver.client.encoding import (
 )
 from salver.client.errors import Cancelled, SalverError, from_rpc_error
 from salver.client.inspection import DistributionOptions, StepDistribution
+from salver.client.model_card import ModelCard
 from salver.client.options import DEFAULT_TIMEOUT, ConnectionOptions
 from salver.client.resumption import Attempts, Resumption
 from salver.client.rpcs import Rpc
@@ -323,6 +324,14 @@ class AsyncClient:
     async def get_model(self, model: str = "", *, timeout: float | None = None) -> Model:
         """One model; the served one when not named."""
         found: Model = await self._call(rpcs.get_model(model, timeout))
+        return found
+
+    async def model_card(
+        self, model: str = "", *, context: int | None = None, timeout: float | None = None
+    ) -> ModelCard:
+        """What the checkpoint is made of, the memory it takes and how fast the device can compute it, for
+        sequences of `context` tokens."""
+        found: ModelCard = await self._call(rpcs.model_card(model, context, timeout))
         return found
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo:

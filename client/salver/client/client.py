@@ -31,6 +31,7 @@ from salver.client.encoding import (
 )
 from salver.client.errors import Cancelled, SalverError, from_rpc_error
 from salver.client.inspection import DistributionOptions, StepDistribution
+from salver.client.model_card import ModelCard
 from salver.client.options import DEFAULT_TIMEOUT, ConnectionOptions
 from salver.client.resumption import Attempts, Resumption
 from salver.client.rpcs import Rpc
@@ -317,6 +318,14 @@ class Client:
     def get_model(self, model: str = "", *, timeout: float | None = None) -> Model:
         """One model; the served one when not named."""
         found: Model = self._call(rpcs.get_model(model, timeout))
+        return found
+
+    def model_card(
+        self, model: str = "", *, context: int | None = None, timeout: float | None = None
+    ) -> ModelCard:
+        """What the checkpoint is made of, the memory it takes and how fast the device can compute it, for
+        sequences of `context` tokens."""
+        found: ModelCard = self._call(rpcs.model_card(model, context, timeout))
         return found
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from salver.client import convert, encoding, health
+from salver.client import model_card as card
 from salver.client.convert import Conversation, PromptLike
 from salver.client.options import DEFAULT_TIMEOUT, GENERATION_TIMEOUT
 from salver.client.types import ChatOptions, GenerationOptions, Resume, ScoreOptions
@@ -121,6 +122,11 @@ def get_model(model: str, timeout: float | None) -> Rpc:
         return convert.from_model(reply.model)
 
     return _other("models.GetModel", model_pb2.GetModelRequest(model=model), decode, timeout)
+
+
+def model_card(model: str, context: int | None, timeout: float | None) -> Rpc:
+    request = card.model_card_request(model, context)
+    return _other("inspection.GetModelCard", request, card.model_card, timeout)
 
 
 def server_info(timeout: float | None) -> Rpc:

@@ -42,6 +42,15 @@ HARMLESS = frozenset(
 )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class FieldsRead:
+    """What the fields of config.json and generation_config.json that matter are taken for: by name, the value
+    and whether the file has it. Fields of a nested object are `object.field`."""
+
+    config: dict[str, tuple[Any, bool]] = dataclasses.field(default_factory=dict)
+    generation: dict[str, tuple[Any, bool]] = dataclasses.field(default_factory=dict)
+
+
 class ConfigReader:
     """Typed access to the fields of a config; remembers which were read.
 
@@ -49,10 +58,19 @@ class ConfigReader:
     type or outside what is supported. A field that is null counts as absent.
     """
 
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        where: str,
+        found: dict[str, tuple[Any, bool]] | None = None,
+        prefix: str = "",
+    ) -> None:
+        """`found` is told what every field is taken for, as `FieldsRead` has it; `prefix` is of its names."""
         self._config = config
         self._where = where
         self._read: set[str] = set()
+        self._found = {} if found is None else found
+        self._prefix = prefix
 
     def error(self, name: str, problem: str) -> CheckpointError:
         """An error that names the file and the field."""
@@ -65,6 +83,8 @@ class ConfigReader:
             not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
         ):
             raise self.error(name, f"must be {wanted}, not {value!r}")
+        if value is not None and kinds != (dict,):
+            self._found[self._prefix + name] = (value, True)
         return value
 
     def _or(self, name: str, value: _T | None, default: _T | None) -> _T:
@@ -72,6 +92,7 @@ class ConfigReader:
             return value
         if default is None:
             raise self.error(name, "is missing")
+        self._found[self._prefix + name] = (default, False)
         return default
 
     def has(self, name: str) -> bool:
@@ -190,6 +211,8 @@ class ConfigReader:
     def labels(self) -> tuple[str, ...]:
         """The names of a classifier's outputs, in order: `id2label`; else LABEL_0 and so on, two of them."""
         names = self._value("id2label", "an object", dict)
+        if names is not None:
+            self._found[f"{self._prefix}id2label"] = (names, True)
         count = self.size("num_labels", 2 if names is None else len(names))
         if names is None:
             return tuple(f"LABEL_{i}" for i in range(count))
@@ -202,7 +225,9 @@ class ConfigReader:
     def section(self, name: str) -> ConfigReader | None:
         """A nested object, with a reader of its own."""
         value = self._value(name, "an object", dict)
-        return None if value is None else ConfigReader(value, f"{self._where}: {name}")
+        if value is None:
+            return None
+        return ConfigReader(value, f"{self._where}: {name}", self._found, f"{self._prefix}{name}.")
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id or a list of them; () when absent."""
@@ -242,10 +267,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def read_spec(checkpoint: Path) -> ModelSpec:
+def read_spec(checkpoint: Path, fields: FieldsRead | None = None) -> ModelSpec:
     """The spec of the checkpoint directory, by the `architectures` of its config.json.
 
     Token ids in generation_config.json come before those of config.json, as in transformers.
+    `fields` is told what was read.
     Raises CheckpointError, naming file and field, for anything that is not implemented.
     """
     from .families import ENCODER_FAMILIES, FAMILIES
@@ -261,14 +287,15 @@ def read_spec(checkpoint: Path) -> ModelSpec:
             f"{path}: architectures is {architectures[0]!r}, which is not supported "
             f"(supported: {', '.join(sorted(FAMILIES | ENCODER_FAMILIES))})"
         )
-    reader = ConfigReader(config, str(path))
+    fields = fields or FieldsRead()
+    reader = ConfigReader(config, str(path), fields.config)
     spec = family(reader)
     reader.refuse_unread()
     _check(spec, reader)
     generation_path = checkpoint / "generation_config.json"
     if not generation_path.is_file():
         return spec
-    generation = ConfigReader(read_json(generation_path), str(generation_path))
+    generation = ConfigReader(read_json(generation_path), str(generation_path), fields.generation)
     bos, eos = generation.token_id("bos_token_id"), generation.token_ids("eos_token_id")
     return dataclasses.replace(
         spec,

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arithmetic import LoadedTensor
 from .encoder_spec import EncoderSpec, HeadSpec, RelativeBuckets
 from .layers import ACTIVATIONS, Linear, Norm, Weights
 from .rope import Rope, Rotation
@@ -197,6 +198,8 @@ class Head(nn.Module):
 class Encoder(nn.Module):
     """An encoder built from its spec. Parameters are uninitialized until `load_encoder` fills them."""
 
+    loaded: tuple[LoadedTensor, ...] = ()  # what the parameters were made of
+
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -283,6 +286,10 @@ class Encoder(nn.Module):
     def num_parameters(self) -> int:
         """Weights; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def stored(self) -> list[Tensor]:
+        """The tensors that hold the weights, packed ones too."""
+        return [*self.parameters(), *self.buffers()]
 
 
 def relative_buckets(distance: Tensor, spec: RelativeBuckets) -> Tensor:

@@ -17,7 +17,7 @@ def load_encoder(checkpoint: Path, spec: EncoderSpec, *, device: torch.device, d
         model = Encoder(spec)
     model.eval()
     model.place(device)
-    fill_parameters(
+    model.loaded = fill_parameters(
         model, checkpoint, spec.weights, spec.num_layers, spec.architecture, dtype=dtype, device=device
     )
     return model

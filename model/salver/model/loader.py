@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .arithmetic import LoadedTensor, source_names
 from .attention import choose
 from .config_reader import read_spec
 from .errors import CheckpointError
@@ -45,7 +46,7 @@ def load_model(
     model.eval()
     model.place(device)
     tell("build")
-    fill_parameters(
+    model.loaded = fill_parameters(
         model, checkpoint, spec.weights, spec.num_layers, spec.architecture, dtype=dtype, device=device
     )
     tell("weights")
@@ -61,8 +62,12 @@ def fill_parameters(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> None:
-    """Gives every parameter of a model on the meta device its values. Raises CheckpointError."""
+) -> tuple[LoadedTensor, ...]:
+    """Gives every parameter of a model on the meta device its values. What was loaded.
+
+    Raises CheckpointError.
+    """
+    loaded = []
     tensors = CheckpointTensors(checkpoint, weights)
     sources = weights.expanded(num_layers)
     tensors.check_names(sources)
@@ -73,9 +78,12 @@ def fill_parameters(
             raise ValueError(f"{architecture}: the weight map says nothing of {name}")
         tensors.write(source, target)
         _set_parameter(model, name, target)
+        names = source_names(source, tensors.full_name)
+        loaded.append(LoadedTensor(name, names, tuple(target.shape), str(dtype).removeprefix("torch.")))
     if sources:
         raise ValueError(f"{architecture}: the model has no {', '.join(sources)}")
     tensors.check_duplicates()
+    return tuple(loaded)
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -97,6 +105,10 @@ class CheckpointTensors:
             if name in self._files:
                 raise CheckpointError(f"{file.path}: {full_name} is there twice, under two names")
             self._files[name] = (file, full_name)
+
+    def full_name(self, name: str) -> str:
+        """As the checkpoint's files have it; one that they don't have (it is optional) as it is."""
+        return self._files[name][1] if name in self._files else name
 
     def check_names(self, sources: dict[str, Source]) -> None:
         """Raises CheckpointError for tensors that are missing and for those that nothing reads."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arithmetic import LoadedTensor
 from .attention import Alibi, Attention, AttentionBatch, Scoring
 from .cache import KVCache
 from .experts import Experts
@@ -39,6 +40,8 @@ class Decoder(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
     def num_parameters(self) -> int: ...
+
+    def stored(self) -> list[Tensor]: ...
 
 
 class Layer(nn.Module):
@@ -183,6 +186,8 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """A decoder built from its spec. Parameters are uninitialized until `loader.load_model` fills them."""
 
+    loaded: tuple[LoadedTensor, ...] = ()  # what the parameters were made of
+
     def __init__(self, spec: ModelSpec, attention: Attention) -> None:
         super().__init__()
         self.spec = spec
@@ -290,6 +295,10 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         """Weights; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def stored(self) -> list[Tensor]:
+        """The tensors that hold the weights."""
+        return list(self.parameters())
 
 
 def _prompt_lengths(batch: AttentionBatch) -> Tensor | None:

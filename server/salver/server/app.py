@@ -24,11 +24,13 @@ from prometheus_client import start_http_server
 
 from salver.model.chat_template import ChatTemplate, ChatTemplateError
 from salver.model.checkpoint import resolve_checkpoint, weights_digest
+from salver.model.config_reader import FieldsRead
 from salver.model.embedding_spec import EmbeddingSpec, read_embedding_spec
 from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_spec import EncoderSpec
 from salver.model.errors import CheckpointError
 from salver.model.generation_config import GenerationConfig
+from salver.model.hyperparameters import hyperparameters
 from salver.model.kernels.build import KernelUnavailable, find_or_build
 from salver.model.precision import default_dtype_name
 from salver.model.spec import ModelSpec
@@ -138,6 +140,7 @@ class _Loaded:
     generation_config: GenerationConfig
     checkpoint: Path
     embedding: EmbeddingSpec
+    fields: FieldsRead
 
 
 def check_adapter_names(config: ServerConfig, name: str) -> None:
@@ -223,14 +226,16 @@ def find_kernel(config: ServerConfig) -> tuple[str, str]:
 
 def load_front(checkpoint: Path) -> _Loaded:
     """What the front needs of the checkpoint, torch-free. Raises StartError."""
+    fields = FieldsRead()
     try:
         return _Loaded(
-            read_any_spec(checkpoint),
+            read_any_spec(checkpoint, fields),
             Tokenizer.from_directory(checkpoint),
             ChatTemplate.from_directory(checkpoint),
             GenerationConfig.from_directory(checkpoint),
             checkpoint,
             read_embedding_spec(checkpoint),
+            fields,
         )
     except (CheckpointError, ChatTemplateError) as error:
         raise StartError(str(error)) from error
@@ -429,6 +434,8 @@ class Application:
             encoder=loaded.spec if isinstance(loaded.spec, EncoderSpec) else None,
             embedding=loaded.embedding,
             embedding_dimensions=loaded.embedding.dimensions(loaded.spec.hidden_size),
+            spec=loaded.spec,
+            hyperparameters=hyperparameters(loaded.spec, loaded.fields, loaded.generation_config),
         )
 
     def _on_step(self, message: StepMessage) -> None:

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from salver.client.cli import chat, commands, deploy_check, encoding, inspection
+from salver.client.cli import card, chat, commands, deploy_check, encoding, inspection
 from salver.client.cli.connection import add_connection_flags
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
@@ -68,6 +68,10 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     detokenize.add_argument("token_ids", nargs="+", type=int, metavar="ID")
 
     _command(subparsers, "models", commands.models, "what is served")
+    page = _command(subparsers, "card", card.card, "what the model is made of, takes and costs")
+    page.add_argument("--model", help="the served model, or one of its adapters")
+    page.add_argument("--context", type=int, help="tokens of the sequences that are counted (default: 1024)")
+    page.add_argument("--tensors", action="store_true", help="list every tensor")
     _command(subparsers, "info", commands.info, "the server: version, limits, start-up")
 
     health = _command(subparsers, "health", commands.health, "exit code 0 if and only if SERVING")

@@ -22,12 +22,15 @@ class NativeLinear(nn.Module):
         self._library = library
         self._threads = threads
         self._rows = rows
-        self._panels, _ = library.pack(weight.detach().float(), Precision.FLOAT32, False, threads)
-        self._bias = torch.zeros(num_panels(rows, False) * PANEL)
+        panels, _ = library.pack(weight.detach().float(), Precision.FLOAT32, False, threads)
+        padded = torch.zeros(num_panels(rows, False) * PANEL)
         if bias is not None:
-            self._bias[:rows] = bias.detach().float()
+            padded[:rows] = bias.detach().float()
+        # As buffers, so that they are found among what the model holds.
+        self.register_buffer("panels", panels, persistent=False)
+        self.register_buffer("bias", padded, persistent=False)
         self._weight = CWeight(
-            data=self._panels.data_ptr(), bias=self._bias.data_ptr(), precision=Precision.FLOAT32,
+            data=panels.data_ptr(), bias=padded.data_ptr(), precision=Precision.FLOAT32,
             rows=rows, depth=depth, panels=num_panels(rows, False),
         )  # fmt: skip
 

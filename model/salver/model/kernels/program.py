@@ -107,6 +107,10 @@ class NativeTransformer:
         """Weights; a tied matrix counts once."""
         return self._parameters
 
+    def stored(self) -> list[Tensor]:
+        """The tensors that hold the weights."""
+        return [kept for kept in self._kept if isinstance(kept, Tensor)]
+
     # ---- the program ----
 
     def _compile(self, model: Transformer) -> None:

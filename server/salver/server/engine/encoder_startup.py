@@ -18,7 +18,8 @@ from salver.model.numerics import numerics_id, row_multiple_of
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.encoder_runner import EncoderRunner
-from salver.server.engine.request import Ready
+from salver.server.engine.request import Measured, Ready
+from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.startup import (
     BLOCK_SIZE,
     DTYPES,
@@ -61,7 +62,7 @@ def start_encoder(
     device = find_device(config)
     threads = use_threads(config)
     model, dense = _load(config, spec, device), load_dense(config, spec.hidden_size)
-    parameters, dtype = model.num_parameters(), model.dtype
+    parameters, dtype, loaded = model.num_parameters(), model.dtype, model.loaded
     timer.done("load weights")
     kernels = _use_kernels(config, model, threads)
     native = kernels == "native"
@@ -74,13 +75,18 @@ def start_encoder(
         raise StartError(f"--max-model-len {max_model_len}: the model reads at most {spec.max_input_tokens}")
     runner = EncoderRunner(model, row_multiple=multiple, dense=dense, on_progress=page.bump)
     max_num_seqs = config.max_num_seqs or MAX_INPUTS
-    budget = config.max_num_batched_tokens or _token_budget(runner, max_model_len, max_num_seqs)
+    speed = _speed(runner, max_model_len)
+    budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
         raise StartError(
             f"--max-num-batched-tokens ({budget}) must be at least --max-num-seqs ({max_num_seqs}): "
             "every input is a token at least"
         )
     timer.done("warm up")
+    stored = model.stored()
+    roofline = measure_roofline(stored, dtype, device)
+    measured = Measured(loaded, held_bytes(stored), roofline, speed, 0.0)
+    timer.done("measure the device")
     limits = EngineLimits(
         num_blocks=NO_BLOCKS,
         block_size=BLOCK_SIZE,
@@ -114,6 +120,7 @@ def start_encoder(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         phases=tuple(phases),
+        measured=measured,
     )
     return EngineCore(runner, limits, clock=time.monotonic), ready
 
@@ -158,8 +165,12 @@ def _use_kernels(config: EngineConfig, model: Encoder, threads: int) -> str:
         return f"torch ({error})"
 
 
-def _token_budget(runner: EncoderRunner, max_model_len: int, max_num_seqs: int) -> int:
-    """Tokens of a step that takes about STEP_SECONDS: of the best of some short runs."""
+def _speed(runner: EncoderRunner, max_model_len: int) -> float:
+    """Tokens a second: of the best of some short runs."""
     length = min(WARM_UP_TOKENS, max_model_len)
-    speed = length / min(runner.measure([length]) for _ in range(1 + WARM_UP_RUNS))
+    return length / min(runner.measure([length]) for _ in range(1 + WARM_UP_RUNS))
+
+
+def _token_budget(speed: float, max_num_seqs: int) -> int:
+    """Tokens of a step that takes about STEP_SECONDS."""
     return max(128, max_num_seqs, min(int(speed * STEP_SECONDS) // 64 * 64, 16384))

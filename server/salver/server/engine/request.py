@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from salver.model.arithmetic import LoadedTensor, Roofline
+
 NO_DEADLINE = float("inf")
 
 
@@ -191,6 +193,21 @@ class StepMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """What the worker knows of its model and its device, for the model card.
+
+    Speeds are of the warm-up, in tokens a second: of one prompt, and of one sequence that decodes at the
+    begin of its context (0 of an encoder).
+    """
+
+    tensors: tuple[LoadedTensor, ...]
+    weight_bytes: int  # of the storages that hold the weights
+    roofline: Roofline
+    prefill_speed: float
+    decode_speed: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """Worker to front: the model is loaded and warm."""
 
@@ -208,6 +225,7 @@ class Ready:
     phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
     quantization: str = "none"  # of the weights: none | int8
     adapters: tuple[tuple[str, str], ...] = ()  # names and digests
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.draft_model import DraftModel
 from salver.server.engine.drafts import PromptLookup, Speculation, StepCosts
 from salver.server.engine.grammar import Grammars, load_vocabulary
-from salver.server.engine.request import Ready
+from salver.server.engine.request import Measured, Ready
+from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.runner import ModelRunner
 from salver.server.engine.status_page import StatusPage
 
@@ -54,7 +55,7 @@ def start_engine(
     threads = use_threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     model = _load(config, config.checkpoint, device, dtype)
-    spec = model.spec
+    spec, loaded = model.spec, model.loaded
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
     timer.done("load weights")
     max_model_len = _max_model_len(config, spec)
@@ -87,7 +88,7 @@ def start_engine(
         grammars=grammars,
         adapters=adapters,
     )
-    speed, tokens_for_one = _speed(runner, max_model_len)
+    speed, one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
         raise StartError(
@@ -95,6 +96,10 @@ def start_engine(
             "every running sequence computes a token a step"
         )
     timer.done("warm up")
+    stored = decoder.stored()
+    roofline = measure_roofline(stored, dtype, device)
+    measured = Measured(loaded, held_bytes(stored), roofline, speed, one)
+    timer.done("measure the device")
     speculation = _speculation(config, runner, draft, num_blocks, threads, budget)
     if speculation is not None:
         timer.done("time steps")
@@ -104,7 +109,7 @@ def start_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        tokens_for_one=tokens_for_one,
+        tokens_for_one=max(1, int(speed / one)),
         priority_interval=config.priority_interval,
         rope_context=spec.rope_context,
         enable_prefix_caching=config.enable_prefix_caching,
@@ -134,6 +139,7 @@ def start_engine(
         max_num_batched_tokens=budget,
         phases=tuple(phases),
         adapters=() if adapters is None else tuple(adapters.digests.items()),
+        measured=measured,
     )
     grammars.warm_beside()
     return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
@@ -314,15 +320,15 @@ def _num_blocks(
     return int(blocks)
 
 
-def _speed(runner: ModelRunner, max_model_len: int) -> tuple[float, int]:
-    """Prompt tokens a second, and how many of them take the time of a step of one token.
+def _speed(runner: ModelRunner, max_model_len: int) -> tuple[float, float]:
+    """Tokens a second of a prompt, and of steps of one token.
 
     The best of some short runs: what else the machine does only ever makes one slower.
     """
     length = min(WARM_UP_TOKENS, max_model_len)
     many = max(runner.measure_prefill(length) for _ in range(WARM_UP_RUNS))
     one = max(runner.measure_prefill(1) for _ in range(3 * WARM_UP_RUNS))  # short, so easily disturbed
-    return many, max(1, int(many / one))
+    return many, one
 
 
 def _token_budget(speed: float, max_num_seqs: int) -> int:

@@ -15,6 +15,7 @@ from salver.server.rpc import convert
 from salver.server.rpc.configuration import Configuration
 from salver.server.rpc.encoding_call import Arrays, Computed, EncodingCall, NextToken
 from salver.server.rpc.generation import deadline_of
+from salver.server.rpc.model_card import model_card
 from salver.server.rpc.prompts import PromptReader
 from salver.server.rpc.served import Front, ServedModel, Task
 from salver.server.rpc.validation import (
@@ -68,6 +69,10 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
             inspection_pb2.GetDistributionResponse, request, model, computed, arrival,
             steps=_steps(computed.arrays[0], model), configuration=_said(configuration),
         )  # fmt: skip
+
+    async def GetModelCard(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        base = self._front.model
+        return model_card(request, model_named(request.model, base), base, self._admission.forecast.times)
 
     def _call(
         self,

@@ -13,6 +13,8 @@ from salver.model.chat_template import ChatTemplate
 from salver.model.embedding_spec import EmbeddingSpec
 from salver.model.encoder_spec import EncoderSpec
 from salver.model.generation_config import GenerationConfig
+from salver.model.hyperparameters import Hyperparameter
+from salver.model.spec import ModelSpec
 from salver.model.tokenizer import Tokenizer
 from salver.server.engine.errors import EngineUnavailable
 from salver.server.engine.process import OutputSink
@@ -102,6 +104,8 @@ class ServedModel:
     encoder: EncoderSpec | None = None  # None: a decoder
     embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
     embedding_dimensions: int = 0
+    spec: ModelSpec | EncoderSpec | None = None
+    hyperparameters: tuple[Hyperparameter, ...] = ()
 
     @property
     def tasks(self) -> tuple[Task, ...]:
