@@ -16,7 +16,7 @@ from salver.model.attention.reference import ReferenceAttention
 from salver.model.cache import KVCache
 from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
-from salver.model.kernels.library import Library, Precision
+from salver.model.kernels.library import PANEL, CBuffer, CWeight, Library, Precision, num_panels
 from salver.model.kernels.program import NativeTransformer
 from salver.model.spec import LearnedPositions, ModelSpec, NormSpec, RopePositions, WeightMap
 from salver.model.transformer import Transformer
@@ -224,6 +224,71 @@ def test_bf16_weights_multiply_as_the_floats_that_they_are(library: Library) -> 
     hidden = torch.randn(17, SPECS["untied"].hidden_size)
     float32, bfloat16 = (stack.model.logits(hidden) for stack in stacks)
     assert torch.equal(float32, bfloat16)
+
+
+class Int8Rows:
+    """Room for int8 rows as the kernel keeps them, one scale for each group."""
+
+    def __init__(self, rows: int, depth: int, group: int) -> None:
+        self.values = torch.zeros((rows, depth), dtype=torch.int8)
+        self.scales = torch.zeros((-(-depth // group), rows))
+        self.offsets = torch.zeros(rows)
+        self.buffer = CBuffer(
+            data=self.values.data_ptr(), stride=depth, precision=Precision.INT8, width=depth,
+            group_scale=self.scales.data_ptr(), row_offset=self.offsets.data_ptr(), scale_stride=rows,
+            group=group,
+        )  # fmt: skip
+
+
+def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a b + c of float32, rounded once."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("depth", [4, 64, 100, 128, 196, 516])
+def test_int8_products_are_those_of_the_same_arithmetic(library: Library, depth: int, group: int) -> None:
+    """Each group's integers, scaled and added from front to back: to the bit, for every number of rows."""
+    torch.manual_seed(depth)
+    weight, columns = torch.randn(5 * PANEL + 7, depth), 5 * PANEL + 7
+    packed, column_scale = library.pack(weight, Precision.INT8, gated=False, threads=1)
+    of = CWeight(
+        data=packed.data_ptr(), column_scale=column_scale.data_ptr(), precision=Precision.INT8,
+        rows=columns, depth=depth, panels=num_panels(columns, gated=False),
+    )  # fmt: skip
+    integers = (weight * (127 / weight.abs().amax(1, keepdim=True))).round().long() + 128
+    x = torch.randn(29, depth) * torch.logspace(-2, 2, depth)
+    x[3] = 0.0
+    for count in (*range(1, 14), 29):
+        rows = Int8Rows(count, depth, group)
+        library.put_rows(rows.buffer, x, torch.arange(count))
+        offsets = torch.zeros(count)
+        parts = []
+        for number, begin in enumerate(range(0, depth, group)):
+            some = x[:count, begin : begin + group]
+            highest = some.abs().amax(1)
+            values = (some * torch.where(highest > 0, 127 / highest, 0.0)[:, None]).round().to(torch.int8)
+            assert torch.equal(rows.values[:, begin : begin + group], values)
+            assert torch.equal(rows.scales[number], highest / 127)
+            offsets = fused(-128.0 * values.sum(1).float(), rows.scales[number], offsets)
+            parts.append(values.long() @ integers[:, begin : begin + group].T)
+        assert torch.equal(rows.offsets, offsets)
+        sums = offsets[:, None].expand(count, columns)
+        for scale, part in zip(rows.scales, parts, strict=True):
+            sums = fused(part.float(), scale[:, None], sums)
+        out = torch.empty(count, columns)
+        library.multiply(rows.buffer, of, out, threads=2)
+        assert torch.equal(out, sums * column_scale[:columns])
+
+
+def test_an_outlier_costs_its_own_group_alone(library: Library) -> None:
+    x = torch.randn(1, 192)
+    plain, spoiled = Int8Rows(1, 192, 64), Int8Rows(1, 192, 64)
+    library.put_rows(plain.buffer, x, torch.zeros(1, dtype=torch.int64))
+    x[0, 70] = 1e4
+    library.put_rows(spoiled.buffer, x, torch.zeros(1, dtype=torch.int64))
+    same = (plain.values == spoiled.values)[0]
+    assert same[:64].all() and same[128:].all() and not same[64:128].all()
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -115,7 +115,7 @@ class ServerConfig(SecurityConfig, ObservabilityConfig):
         "auto", "Compute", "type of weights and cache", choices=("auto", "float32", "bfloat16", "float16")
     )
     quantization: str = _flag(
-        "none", "Compute", "int8: weights and what they multiply in 8 bits, by column and by token: smaller "
+        "none", "Compute", "int8: weights and what they multiply in 8 bits, by column and by group: smaller "
         "and faster than bfloat16, some quality lost (docs/performance.md); wants the native kernel",
         choices=("none", "int8"),
     )  # fmt: skip

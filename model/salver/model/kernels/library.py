@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .build import KernelUnavailable
 
-VERSION = 2
+VERSION = 3
 PANEL = 32  # columns of a packed panel
 LANES = 16
 BLOCK_SIZE = 16  # tokens of a cache block: the sixteen lanes of a register
@@ -70,8 +70,10 @@ class CBuffer(ctypes.Structure):
         ("stride", c_int64),
         ("precision", c_int32),
         ("width", c_int32),
-        ("row_scale", c_void_p),
-        ("row_sum", c_void_p),
+        ("group_scale", c_void_p),
+        ("row_offset", c_void_p),
+        ("scale_stride", c_int64),
+        ("group", c_int32),
     )
 
 

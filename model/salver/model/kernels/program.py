@@ -38,6 +38,7 @@ from .library import (
 # Buffers of a step, one row for each of its rows.
 RESIDUAL, NORMED, HEADS, ATTENDED, INNER, FINAL = range(6)
 WIDE = {ATTENDED: 6, INNER: 7}  # of int8 buffers, the floats that they are rounded from
+GROUP, INNER_GROUP = 64, 128  # values of an int8 row that share a scale
 HEAD_ROWS = 64  # rows of logits at a time
 PROGRESS_ROWS = 64  # a step of fewer rows is over before anybody asks how it goes
 
@@ -221,14 +222,17 @@ class NativeTransformer:
             torch.zeros((self._rows, buffer.width), dtype=buffer.precision.activations)
             for buffer in self._buffers
         ]
-        self._row_scale = torch.zeros(self._rows)
-        self._row_sum = torch.zeros(self._rows, dtype=torch.int32)
+        groups = max(-(-buffer.width // GROUP) for buffer in self._buffers)
+        # One product at a time reads int8 rows: their scales take turns in one place.
+        self._group_scale = torch.zeros((groups, self._rows))
+        self._row_offset = torch.zeros(self._rows)
         buffers = [
             CBuffer(
                 data=tensor.data_ptr(), stride=buffer.width, precision=buffer.precision, width=buffer.width,
-                row_scale=self._row_scale.data_ptr(), row_sum=self._row_sum.data_ptr(),
+                group_scale=self._group_scale.data_ptr(), row_offset=self._row_offset.data_ptr(),
+                scale_stride=self._rows, group=INNER_GROUP if number == INNER else GROUP,
             )
-            for tensor, buffer in zip(self._tensors, self._buffers, strict=True)
+            for number, (tensor, buffer) in enumerate(zip(self._tensors, self._buffers, strict=True))
         ]  # fmt: skip
         spec, program = self.spec, self._program
         self._c_buffers = (CBuffer * len(buffers))(*buffers)

@@ -9,6 +9,8 @@
 // rows: a row's result has the same bits alone and among any others.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace salver {
@@ -62,8 +64,8 @@ struct Half {
     }
 };
 
-// Weights are stored plus 128, unsigned, as the instruction wants one side; 128 times the sum of x
-// is taken off at the end. Sums of integers are exact.
+// Weights are stored plus 128, unsigned, as the instruction wants one side; 128 times the sum of x is taken
+// off in floats, once for a row. Sums of integers are exact.
 struct Int8 {
     using Input = std::int8_t;
     using Weight = std::uint8_t;
@@ -126,29 +128,56 @@ struct Epilogue {
 struct Gemm {
     const void* input;
     std::ptrdiff_t input_stride;  // elements
-    const float* row_scale;       // int8 alone: of each row of the input
-    const std::int32_t* row_sum;  // int8 alone: 128 times the sum of each row
+    int group;                    // int8 alone: values of a row that share a scale; the last may be fewer
+    const float* group_scale;     // int8 alone: [groups, scale_stride], a column for each row of the input
+    const float* row_offset;      // int8 alone: of each row, -128 times its sum
+    std::ptrdiff_t scale_stride;
     const void* weight;
     const float* column_scale;    // int8 alone, in panel order
     int rows, panels, depth;
     Epilogue epilogue;
 };
 
-// What was accumulated for a row in a panel, scaled and handed on.
-template <typename T>
-void finish_row(const Gemm& g, int row, int panel, typename T::Acc first, typename T::Acc second) {
-    if constexpr (T::STEP == 4) {
-        const __m512i sum = _mm512_set1_epi32(g.row_sum[row]);
-        const __m512 scale = _mm512_set1_ps(g.row_scale[row]);
-        const float* columns = g.column_scale + panel * PANEL;
-        auto scaled = [&](__m512i value, const float* of) {
-            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(value, sum)),
-                                 _mm512_mul_ps(scale, _mm512_loadu_ps(of)));
-        };
-        g.epilogue.apply(row, panel, scaled(first, columns), scaled(second, columns + LANES));
-    } else {
-        g.epilogue.apply(row, panel, first, second);
+// One step of K: what stands in a load of the weight, for ROWS rows of PANELS panels of `size` values.
+template <typename T, int ROWS, int PANELS>
+inline __attribute__((always_inline)) void multiply_step(typename T::Acc (&acc)[PANELS][ROWS][2], const typename T::Input* x,
+                                                         std::ptrdiff_t stride, const typename T::Weight* w,
+                                                         std::ptrdiff_t size) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) {
+        // The hardware's own prefetch stops at every page. Few rows are bound by memory; for more there is
+        // time to bring the next panel near.
+        if constexpr (ROWS <= 4) {
+            const char* ahead = reinterpret_cast<const char*>(w + p * size) + AHEAD;
+            _mm_prefetch(ahead, _MM_HINT_T0);
+            _mm_prefetch(ahead + 64, _MM_HINT_T0);
+        } else {
+            const char* ahead = reinterpret_cast<const char*>(w + (PANELS + p) * size);
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            _mm_prefetch(ahead + 64, _MM_HINT_T1);
+        }
+#pragma GCC unroll 2
+        for (int part = 0; part < T::PARTS; part++) {
+            const __m512i first = T::weights(w + p * size, part);
+            const __m512i second = T::weights(w + p * size + LANES * T::STEP, part);
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++) {
+                const typename T::Input* at = x + r * stride + part;
+                acc[p][r][0] = T::multiply(acc[p][r][0], at, first);
+                acc[p][r][1] = T::multiply(acc[p][r][1], at, second);
+            }
+        }
     }
+}
+
+// Instructs nothing. Without it g++ copies or stores accumulators in every step, for what is done with them
+// after the last.
+template <typename T, int ROWS, int PANELS>
+inline __attribute__((always_inline)) void keep_in_registers(typename T::Acc (&acc)[PANELS][ROWS][2]) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) asm("" : "+v"(acc[p][r][0]), "+v"(acc[p][r][1]));
 }
 
 // ROWS rows of PANELS panels. Few rows take several panels at once: each accumulator waits for its last
@@ -156,48 +185,59 @@ void finish_row(const Gemm& g, int row, int panel, typename T::Acc first, typena
 // an accumulator's own walk is the same.
 template <typename T, int ROWS, int PANELS>
 void multiply_tile(const Gemm& g, int row, int panel) {
-    using Input = typename T::Input;
-    using Weight = typename T::Weight;
     typename T::Acc acc[PANELS][ROWS][2];
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) acc[p][r][0] = acc[p][r][1] = T::zero();
-    const Input* x = static_cast<const Input*>(g.input) + row * g.input_stride;
+    const auto* x = static_cast<const typename T::Input*>(g.input) + row * g.input_stride;
     const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(PANEL) * g.depth;
-    const Weight* w = static_cast<const Weight*>(g.weight) + panel * size;
-    for (int k = 0; k < g.depth; k += T::STEP) {
-#pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++) {
-            // The hardware's own prefetch stops at every page. Few rows are bound by memory; for more there is
-            // time to bring the next panel near.
-            if constexpr (ROWS <= 4) {
-                const char* ahead = reinterpret_cast<const char*>(w + p * size) + AHEAD;
-                _mm_prefetch(ahead, _MM_HINT_T0);
-                _mm_prefetch(ahead + 64, _MM_HINT_T0);
-            } else {
-                const char* ahead = reinterpret_cast<const char*>(w + (PANELS + p) * size);
-                _mm_prefetch(ahead, _MM_HINT_T1);
-                _mm_prefetch(ahead + 64, _MM_HINT_T1);
-            }
-#pragma GCC unroll 2
-            for (int part = 0; part < T::PARTS; part++) {
-                const __m512i first = T::weights(w + p * size, part);
-                const __m512i second = T::weights(w + p * size + LANES * T::STEP, part);
-#pragma GCC unroll 12
-                for (int r = 0; r < ROWS; r++) {
-                    const Input* at = x + r * g.input_stride + k + part;
-                    acc[p][r][0] = T::multiply(acc[p][r][0], at, first);
-                    acc[p][r][1] = T::multiply(acc[p][r][1], at, second);
-                }
-            }
-        }
-        w += PANEL * T::STEP;
-    }
+    const auto* w = static_cast<const typename T::Weight*>(g.weight) + panel * size;
+    for (int k = 0; k < g.depth; k += T::STEP, w += PANEL * T::STEP)
+        multiply_step<T, ROWS, PANELS>(acc, x + k, g.input_stride, w, size);
+    keep_in_registers<T, ROWS, PANELS>(acc);
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r++) finish_row<T>(g, row + r, panel + p, acc[p][r][0], acc[p][r][1]);
+        for (int r = 0; r < ROWS; r++) g.epilogue.apply(row + r, panel + p, acc[p][r][0], acc[p][r][1]);
+}
+
+// The same with int8. Integers live in registers within a group; what the groups before came to lies in the
+// nearest cache meanwhile.
+template <int ROWS, int PANELS>
+void multiply_groups(const Gemm& g, int row, int panel) {
+    alignas(64) __m512 sum[PANELS][ROWS][2];
+    for (int p = 0; p < PANELS; p++)
+        for (int r = 0; r < ROWS; r++) sum[p][r][0] = sum[p][r][1] = _mm512_set1_ps(g.row_offset[row + r]);
+    const std::int8_t* x = static_cast<const std::int8_t*>(g.input) + row * g.input_stride;
+    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(PANEL) * g.depth;
+    const std::uint8_t* w = static_cast<const std::uint8_t*>(g.weight) + panel * size;
+    const float* scale = g.group_scale + row;
+    for (int begin = 0; begin < g.depth; begin += g.group, scale += g.scale_stride) {
+        __m512i acc[PANELS][ROWS][2];
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++) acc[p][r][0] = acc[p][r][1] = Int8::zero();
+        const int end = std::min(g.depth, begin + g.group);
+        for (int k = begin; k < end; k += Int8::STEP, w += PANEL * Int8::STEP)
+            multiply_step<Int8, ROWS, PANELS>(acc, x + k, g.input_stride, w, size);
+        keep_in_registers<Int8, ROWS, PANELS>(acc);
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++)
+                    sum[p][r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[p][r][half]), _mm512_set1_ps(scale[r]),
+                                                      sum[p][r][half]);
+    }
+    for (int p = 0; p < PANELS; p++) {
+        const float* columns = g.column_scale + (panel + p) * PANEL;
+        const __m512 first = _mm512_loadu_ps(columns), second = _mm512_loadu_ps(columns + LANES);
+        for (int r = 0; r < ROWS; r++)
+            g.epilogue.apply(row + r, panel + p, _mm512_mul_ps(sum[p][r][0], first), _mm512_mul_ps(sum[p][r][1], second));
+    }
 }
 
 // How many panels at once: up to 24 accumulators, but for a row alone, which is bound by memory.
@@ -212,8 +252,13 @@ void multiply_rows(const Gemm& g, int rows, int row, int begin, int end) {
         }
         constexpr int PANELS = panels_at_once(ROWS);
         int panel = begin;
-        for (; panel + PANELS <= end; panel += PANELS) multiply_tile<T, ROWS, PANELS>(g, row, panel);
-        for (; panel < end; panel++) multiply_tile<T, ROWS, 1>(g, row, panel);
+        if constexpr (T::STEP == 4) {
+            for (; panel + PANELS <= end; panel += PANELS) multiply_groups<ROWS, PANELS>(g, row, panel);
+            for (; panel < end; panel++) multiply_groups<ROWS, 1>(g, row, panel);
+        } else {
+            for (; panel + PANELS <= end; panel += PANELS) multiply_tile<T, ROWS, PANELS>(g, row, panel);
+            for (; panel < end; panel++) multiply_tile<T, ROWS, 1>(g, row, panel);
+        }
     }
 }
 

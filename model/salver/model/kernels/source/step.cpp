@@ -29,8 +29,10 @@ struct Buffer {
     std::int64_t stride;       // elements
     std::int32_t precision;
     std::int32_t width;        // elements in use
-    float* row_scale;          // int8 alone
-    std::int32_t* row_sum;     // int8 alone: 128 times the sum
+    float* group_scale;        // int8 alone: [groups, scale_stride], a column for each row
+    float* row_offset;         // int8 alone: -128 times the sum
+    std::int64_t scale_stride;
+    std::int32_t group;        // int8 alone: values that share a scale, a multiple of 16
 };
 
 struct Weight {
@@ -117,8 +119,40 @@ std::pair<int, int> part(int count, int thread, int threads) {
 
 float* floats(const Buffer& buffer, int row) { return static_cast<float*>(buffer.data) + row * buffer.stride; }
 
-// A row of floats into a buffer of any precision. Int8: symmetric, one scale for the row (Dettmers et al. 2022,
-// "LLM.int8()", section 2), so that rows don't know one another.
+constexpr int NOT_FINITE = 0x01 | 0x08 | 0x10 | 0x80;  // of VFPCLASS: quiet NaN, either infinity, signalling NaN
+
+// Symmetric int8 with one scale for each group of a row (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
+// Quantization", does so with their states): an outlier spoils its own group alone, and rows don't know one another.
+void put_groups(const Buffer& to, int row, const float* values) {
+    std::int8_t* out = static_cast<std::int8_t*>(to.data) + row * to.stride;
+    float* scale = to.group_scale + row;
+    float offset = 0;
+    for (int begin = 0; begin < to.width; begin += to.group, scale += to.scale_stride) {
+        const int end = std::min(to.width, begin + to.group);
+        __m512 most = _mm512_setzero_ps();
+        __mmask16 broken = 0;
+        for (int i = begin; i < end; i += LANES) {
+            const __m512 x = _mm512_maskz_loadu_ps(tail_mask(end - i), values + i);
+            most = _mm512_max_ps(most, _mm512_abs_ps(x));
+            broken |= _mm512_fpclass_ps_mask(x, NOT_FINITE);
+        }
+        const float highest = _mm512_reduce_max_ps(most);
+        const __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = begin; i < end; i += LANES) {
+            const __mmask16 mask = tail_mask(end - i);
+            const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), inverse));
+            sum = _mm512_add_epi32(sum, rounded);
+            _mm_mask_storeu_epi8(out + i, mask, _mm512_cvtepi32_epi8(rounded));
+        }
+        // What is not numbers stays that: the scale carries it.
+        *scale = broken ? std::numeric_limits<float>::quiet_NaN() : highest / 127.0f;
+        offset = std::fma(static_cast<float>(-128 * _mm512_reduce_add_epi32(sum)), *scale, offset);
+    }
+    to.row_offset[row] = offset;
+}
+
+// A row of floats into a buffer of any precision.
 void put_row(const Buffer& to, int row, const float* values) {
     if (to.precision == FLOAT) {
         std::memcpy(floats(to, row), values, to.width * sizeof(float));
@@ -132,25 +166,7 @@ void put_row(const Buffer& to, int row, const float* values) {
         }
         return;
     }
-    __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < to.width; i += LANES)
-        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(tail_mask(to.width - i), values + i)));
-    const float highest = _mm512_reduce_max_ps(most);
-    const __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
-    std::int8_t* out = static_cast<std::int8_t*>(to.data) + row * to.stride;
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < to.width; i += LANES) {
-        const __mmask16 mask = tail_mask(to.width - i);
-        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), inverse));
-        sum = _mm512_add_epi32(sum, rounded);
-        _mm_mask_storeu_epi8(out + i, mask, _mm512_cvtepi32_epi8(rounded));
-    }
-    // A row that is not numbers stays that: its scale carries it.
-    __m512 check = _mm512_setzero_ps();
-    for (int i = 0; i < to.width; i += LANES)
-        check = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(tail_mask(to.width - i), values + i), _mm512_setzero_ps(), check);
-    to.row_scale[row] = highest / 127.0f + _mm512_reduce_add_ps(check);
-    to.row_sum[row] = 128 * _mm512_reduce_add_epi32(sum);
+    put_groups(to, row, values);
 }
 
 // Row `index` of a weight, as floats.
@@ -206,8 +222,10 @@ Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
     Gemm g{};
     g.input = in.data;
     g.input_stride = in.stride;
-    g.row_scale = in.row_scale;
-    g.row_sum = in.row_sum;
+    g.group_scale = in.group_scale;
+    g.row_offset = in.row_offset;
+    g.scale_stride = in.scale_stride;
+    g.group = in.group;
     g.weight = w.data;
     g.column_scale = w.column_scale;
     g.rows = rows;
@@ -412,7 +430,7 @@ void in_parallel(void (*function)(void*), void* argument, int threads) {
 extern "C" {
 
 // Bumped with any change of the structures or of a result's bits.
-std::int32_t salver_version() { return 2; }
+std::int32_t salver_version() { return 3; }
 
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
