@@ -46,7 +46,11 @@ def test_the_speeds_come_from_the_steps(tiny: Server) -> None:
         tiny.generate("the cat", max_tokens=16, ignore_eos=True)
     with Client(tiny.address) as client:
         speed = client.model_card(context=32).speed
+        short = client.model_card(context=1).speed
     assert speed.decode_bound and speed.decode_warm_up and speed.decode_measured
+    # No bound is below what the device has done.
+    assert short.decode_bound and short.decode_warm_up and short.decode_measured
+    assert short.decode_bound >= 0.999 * max(short.decode_warm_up, short.decode_measured)
     assert speed.decode_operations and speed.prefill_operations < speed.decode_operations
 
 

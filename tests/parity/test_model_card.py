@@ -109,6 +109,7 @@ def test_hyperparameters_say_where_they_come_from(tiny_gpt2: Path, tiny_llama: P
     assert gpt2["hidden_size"] == Hyperparameter("hidden_size", 64, Source.CONFIG, "n_embd")
     assert gpt2["intermediate_size"] == Hyperparameter("intermediate_size", 256, Source.FAMILY, "n_inner")
     assert gpt2["head_dim"].source is Source.DERIVED
+    assert gpt2["norm.eps"].field == "layer_norm_epsilon" and gpt2["norm.eps"].source is Source.CONFIG
     assert llama["num_kv_heads"] == Hyperparameter("num_kv_heads", 2, Source.CONFIG, "num_key_value_heads")
     assert llama["gated"] == Hyperparameter("gated", True, Source.FAMILY)
     assert llama["eos_token_ids"].source is Source.GENERATION_CONFIG

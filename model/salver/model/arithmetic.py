@@ -185,6 +185,11 @@ class Arithmetic:
         spec = self._spec
         return 0 if isinstance(spec, EncoderSpec) else spec.kv_bytes_per_token(self._value_bytes)
 
+    @property
+    def body_operations(self) -> float:
+        """Of any token, at least: the products of all layers, without attention's and the head's."""
+        return 2 * self._multiplied(head=False)
+
     def decode(self, context: int) -> Cost | None:
         """Of the token that comes after `context - 1` others, alone in its step. None for an encoder."""
         spec = self._spec

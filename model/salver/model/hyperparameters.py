@@ -32,8 +32,11 @@ _CONFIG_NAMES = {
     "norm.eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
     "positions.theta": ("rope_theta", "rope_parameters.rope_theta", "rotary_emb_base"),
     "positions.factor": ("rope_scaling.factor", "rope_parameters.factor"),
-    "rope.theta": ("global_rope_theta", "rope_theta", "rotary_emb_base"),
-    "local_rope.theta": ("local_rope_theta",),
+    "rope.theta": (
+        "global_rope_theta", "rope_theta", "rotary_emb_base", "rope_parameters.rope_theta",
+        "rope_parameters.full_attention.rope_theta",
+    ),
+    "local_rope.theta": ("local_rope_theta", "rope_parameters.sliding_attention.rope_theta"),
     "tied_head": ("tie_word_embeddings",),
     "qkv_bias": ("attention_bias", "qkv_bias", "use_bias", "bias"),
     "attention_out_bias": ("attention_bias", "use_bias", "bias"),
@@ -47,6 +50,7 @@ _CONFIG_NAMES = {
     "experts.per_token": ("num_experts_per_tok",),
     "experts.intermediate_size": ("moe_intermediate_size",),
 }  # fmt: skip
+_DERIVED = ("head_dim", "num_kv_heads")  # where config.json does not say them
 _GENERATION_NAMES = {
     "max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "bad_token_sequences": "bad_words_ids",
 }  # fmt: skip
@@ -78,7 +82,10 @@ def hyperparameters(
     what generation_config.json says."""
     found = [_traced(name, value, fields) for name, value in _flat(spec, "")]
     known = {each.field for each in found}
+    other_names = {name for each in found for name in _CONFIG_NAMES.get(each.name, ())}
     for name, (value, given) in fields.config.items():
+        if not given and name in other_names:
+            continue
         if name not in known and value not in ("", [], {}, None):
             found.append(Hyperparameter(name, value, Source.CONFIG if given else Source.FAMILY, name))
     for described in dataclasses.fields(generation):
@@ -100,7 +107,8 @@ def _flat(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         if default is not MISSING and value == default:
             continue
         if dataclasses.is_dataclass(value):
-            yield name, type(value).__name__
+            if not type(value).__name__.endswith("Spec"):  # one of several kinds
+                yield name, type(value).__name__
             yield from _flat(value, f"{name}.")
         else:
             yield name, _plain(value)
@@ -111,12 +119,15 @@ def _traced(name: str, value: Any, fields: FieldsRead) -> Hyperparameter:
     if name == "architecture":
         return Hyperparameter(name, value, Source.CONFIG, "architectures")
     candidates = _CONFIG_NAMES.get(name, ())
-    for field in candidates:
-        if (read := fields.generation.get(field)) is not None and read[1] and _same(read[0], value):
-            return Hyperparameter(name, value, Source.GENERATION_CONFIG, field)
-    for field in candidates:
-        if (read := fields.config.get(field)) is not None and _same(read[0], value):
-            return Hyperparameter(name, value, Source.CONFIG if read[1] else Source.FAMILY, field)
+    found = (
+        (fields.generation, True, Source.GENERATION_CONFIG),
+        (fields.config, True, Source.CONFIG),
+        (fields.config, False, Source.DERIVED if name in _DERIVED else Source.FAMILY),
+    )
+    for read, given, source in found:
+        for field in candidates:
+            if field in read and read[field][1] is given and _same(read[field][0], value):
+                return Hyperparameter(name, value, source, field)
     computed = isinstance(value, int) and not isinstance(value, bool)
     return Hyperparameter(name, value, Source.DERIVED if computed else Source.FAMILY)
 

@@ -91,7 +91,7 @@ def _speed(card: ModelCard) -> None:
     speed = card.speed
     _title(f"Speed, of sequences of {card.context:,} tokens")
     print(
-        f"the device, as measured at the start: {count(speed.memory_bytes_per_second)}B/s of memory, "
+        f"the device at best, as far as it was seen: {count(speed.memory_bytes_per_second)}B/s of memory, "
         f"{count(speed.operations_per_second)} operations/s"
     )
     prompt = (

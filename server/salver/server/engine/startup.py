@@ -97,7 +97,7 @@ def start_engine(
         )
     timer.done("warm up")
     stored = decoder.stored()
-    roofline = measure_roofline(stored, dtype, device)
+    roofline = measure_roofline(stored, dtype, device, config.quantization)
     measured = Measured(loaded, held_bytes(stored), roofline, speed, one)
     timer.done("measure the device")
     speculation = _speculation(config, runner, draft, num_blocks, threads, budget)

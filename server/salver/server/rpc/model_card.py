@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import grpc
 
-from salver.model.arithmetic import Arithmetic, LoadedTensor, Storage
+from salver.model.arithmetic import Arithmetic, LoadedTensor, Roofline, Storage
 from salver.model.hyperparameters import Hyperparameter, Source
 from salver.server.engine.request import Measured, Ready
 from salver.server.rpc.errors import ApiError
@@ -129,7 +129,7 @@ def _memory(
 def _speed(
     ready: Ready, measured: Measured, arithmetic: Arithmetic, times: StepTimes, context: int
 ) -> inspection_pb2.SpeedArithmetic:
-    roofline = measured.roofline
+    roofline = _shown(measured, arithmetic, times)
     prefill = arithmetic.prefill(context, ready.max_num_batched_tokens)
     found = inspection_pb2.SpeedArithmetic(
         prefill_operations=prefill.operations,
@@ -148,3 +148,19 @@ def _speed(
     if times.known and decode is not None and times.seconds(1) > 0:
         found.decode_measured = 1 / times.seconds(1)
     return found
+
+
+def _shown(measured: Measured, arithmetic: Arithmetic, times: StepTimes) -> Roofline:
+    """The roofline that was measured, raised to what the device has done since: on a machine that was
+    busy at the start it is too low."""
+    memory, operations = measured.roofline.bytes_per_second, measured.roofline.operations_per_second
+    prefill = 1 / times.prefill if times.known and times.prefill > 0 else 0.0
+    # Of the cheapest tokens: of a prompt so long that its head counts for nothing, without attention.
+    operations = max(operations, max(prefill, measured.prefill_speed) * arithmetic.body_operations)
+    decode = arithmetic.decode(1)
+    if decode is not None:
+        seconds = times.seconds(1) if times.known else 0.0
+        speed = max(measured.decode_speed, 1 / seconds if seconds > 0 else 0.0)
+        memory = max(memory, speed * decode.nbytes)
+        operations = max(operations, speed * decode.operations)
+    return Roofline(memory, operations)
