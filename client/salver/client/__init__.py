@@ -36,7 +36,16 @@ from salver.client.errors import (
     Unauthenticated,
     Unavailable,
 )
-from salver.client.inspection import DistributionOptions, StepDistribution, TokenProbability
+from salver.client.inspection import (
+    Attention,
+    AttentionLink,
+    AttentionMatrix,
+    AttentionOptions,
+    AttentionUnit,
+    DistributionOptions,
+    StepDistribution,
+    TokenProbability,
+)
 from salver.client.options import ConnectionOptions
 from salver.client.security import Tls, token_from_file
 from salver.client.types import (
@@ -69,6 +78,11 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncStream",
+    "Attention",
+    "AttentionLink",
+    "AttentionMatrix",
+    "AttentionOptions",
+    "AttentionUnit",
     "Cancelled",
     "Candidate",
     "ChatOptions",

@@ -102,6 +102,8 @@ class ServedModel:
     encoder: EncoderSpec | None = None  # None: a decoder
     embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
     embedding_dimensions: int = 0
+    num_layers: int = 0  # of attention; a layer that is computed several times counts as often
+    num_heads: int = 0  # of queries, in each
 
     @property
     def tasks(self) -> tuple[Task, ...]:
