@@ -83,6 +83,7 @@ class EncodingServer:
                 max_queued_tokens=10_000, max_message_bytes=1 << 24,
             ),
             encoder=spec, embedding=embedding,
+            num_layers=len(spec.order), num_heads=spec.num_heads,
             embedding_dimensions=embedding.dimensions(spec.hidden_size),
         )  # fmt: skip
 
@@ -93,7 +94,7 @@ class EncodingServer:
         front = Front(metrics.rejected)
         admission = Admission(64, 10_000, metrics.rejected)
         rpc = RpcServer(config, front, admission, metrics, [])
-        address = await rpc.open()
+        self.address = address = await rpc.open()
         front.serve(self.model, self.engine)
         rpc.health.set_engine_state(EngineState.SERVING)
         rpc.health.set_ready(True)

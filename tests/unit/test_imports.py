@@ -22,8 +22,8 @@ ENGINE = "salver.server.engine"
 WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
-        "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts", "roofline", "runner",
-        "startup", "worker",
+        *("attention_rows", "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts"),
+        *("roofline", "runner", "startup", "worker"),
     )
 )  # fmt: skip
 PURE = tuple(

@@ -36,7 +36,16 @@ from salver.client.errors import (
     Unauthenticated,
     Unavailable,
 )
-from salver.client.inspection import DistributionOptions, StepDistribution, TokenProbability
+from salver.client.inspection import (
+    Attention,
+    AttentionLink,
+    AttentionMatrix,
+    AttentionOptions,
+    AttentionUnit,
+    DistributionOptions,
+    StepDistribution,
+    TokenProbability,
+)
 from salver.client.model_card import (
     Hyperparameter,
     MemoryArithmetic,
@@ -77,6 +86,11 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncStream",
+    "Attention",
+    "AttentionLink",
+    "AttentionMatrix",
+    "AttentionOptions",
+    "AttentionUnit",
     "Cancelled",
     "Candidate",
     "ChatOptions",

@@ -31,7 +31,7 @@ from salver.client.encoding import (
     TokenClassification,
 )
 from salver.client.errors import Cancelled, SalverError, from_rpc_error
-from salver.client.inspection import DistributionOptions, StepDistribution
+from salver.client.inspection import Attention, AttentionOptions, DistributionOptions, StepDistribution
 from salver.client.model_card import ModelCard
 from salver.client.options import DEFAULT_TIMEOUT, ConnectionOptions
 from salver.client.resumption import Attempts, Resumption
@@ -290,6 +290,14 @@ class AsyncClient:
         request = inspection.distribution_request(prompt, options)
         found: list[StepDistribution] = await self._call(
             rpcs.inspect("GetDistribution", request, inspection.distribution, options)
+        )
+        return found
+
+    async def get_attention(self, prompt: PromptLike, **options: Unpack[AttentionOptions]) -> Attention:
+        """How much each token (or word) of a text attends to each other, by layer and head."""
+        request = inspection.attention_request(prompt, options)
+        found: Attention = await self._call(
+            rpcs.inspect("GetAttention", request, inspection.attention, options)
         )
         return found
 

@@ -65,6 +65,94 @@ class DistributionOptions(TypedDict, total=False):
     timeout: float
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionUnit:
+    """A token, or a word of several, and its place in the text (code points)."""
+
+    token_ids: tuple[int, ...]
+    token: bytes
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLink:
+    """How much a query's unit attends to a key's."""
+
+    query: int
+    key: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMatrix:
+    """Of a layer and a head (None: their mean, or a rollout): a row of `weights` for each query.
+
+    With `top_k` there are `links` instead, of each query the strongest first.
+    """
+
+    layer: int
+    head: int | None
+    weights: tuple[tuple[float, ...], ...]
+    links: tuple[AttentionLink, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The units, the matrices that were asked for, and how many layers and heads the model has."""
+
+    units: tuple[AttentionUnit, ...]
+    matrices: tuple[AttentionMatrix, ...]
+    num_layers: int
+    num_heads: int
+    truncated_tokens: int
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Keyword arguments of `get_attention`. `view` is raw, head_mean or rollout."""
+
+    layers: Sequence[int]
+    heads: Sequence[int]
+    view: str
+    top_k: int
+    merge_words: bool
+    truncate: bool
+    priority: int
+    request_id: str
+    model: str
+    timeout: float
+
+
+def attention_request(prompt: PromptLike, options: AttentionOptions) -> Any:
+    """Raises TypeError for a view that does not exist."""
+    fields: Any = {name: value for name, value in options.items() if name != "timeout" and value is not None}
+    if "view" in fields:
+        name = f"ATTENTION_VIEW_{str(fields['view']).upper()}"
+        if name not in inspection_pb2.AttentionView.keys():  # noqa: SIM118 - it is no mapping
+            raise TypeError(f"view {fields['view']!r} does not exist")
+        fields["view"] = name
+    return inspection_pb2.GetAttentionRequest(prompt=to_prompt(prompt), **fields)
+
+
+def attention(reply: Any) -> Attention:
+    size = len(reply.units)
+    return Attention(
+        tuple(AttentionUnit(tuple(u.token_ids), u.token, u.start, u.end) for u in reply.units),
+        tuple(
+            AttentionMatrix(
+                m.layer,
+                m.head if m.HasField("head") else None,
+                tuple(tuple(m.weights[i : i + size]) for i in range(0, len(m.weights), size)),
+                tuple(AttentionLink(link.query, link.key, link.weight) for link in m.links),
+            )
+            for m in reply.matrices
+        ),
+        reply.num_layers,
+        reply.num_heads,
+        reply.truncated_tokens,
+    )
+
+
 def distribution_request(prompt: PromptLike, options: DistributionOptions) -> Any:
     """Raises TypeError for an option that does not exist."""
     return to_generation(inspection_pb2.GetDistributionRequest, options, prompt=to_prompt(prompt))

@@ -9,6 +9,7 @@ another, so that a batch changes nothing but speed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -102,6 +103,13 @@ class SelfAttention:
         return out.flatten(1)
 
 
+def self_attention_weights(heads: Tensor, mask: Tensor | None) -> Tensor:
+    """float32 [heads, n, n] of an input's queries and keys [n, 3, heads, head_dim]; rows sum to 1."""
+    query, key = heads[:, 0].float(), heads[:, 1].float()
+    scores = torch.einsum("nhd,lhd->hnl", query, key) / math.sqrt(heads.shape[-1])
+    return (scores if mask is None else scores + mask.float()).softmax(-1)
+
+
 class Masks:
     """What is added to the scores of a layer, by length: [heads or 1, n, n], or nothing."""
 
@@ -146,7 +154,12 @@ class EncoderLayer(nn.Module):
         self.mlp_norm = Norm(spec.norm, hidden)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, runs: list[tuple[int, int, int]], masks: Masks
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        runs: list[tuple[int, int, int]],
+        masks: Masks,
+        observe: Callable[[Tensor, Masks], None] | None = None,
     ) -> Tensor:
         """[N, hidden] to [N, hidden]."""
         normed = x if not self.pre_norm or self.attention_norm is None else self.attention_norm(x)
@@ -154,6 +167,8 @@ class EncoderLayer(nn.Module):
         if rotation is not None:
             turned = rotation(heads[:, :2].reshape(x.shape[0], 2 * self.num_heads, self.head_dim))
             heads = torch.cat((turned.view(x.shape[0], 2, self.num_heads, self.head_dim), heads[:, 2:]), 1)
+        if observe is not None:
+            observe(heads, masks)
         x = x + self.attention_out(self.attention(heads, runs, masks))
         if not self.pre_norm and self.attention_norm is not None:
             x = self.attention_norm(x)
@@ -231,8 +246,16 @@ class Encoder(nn.Module):
             local = spec.local_rope or spec.rope
             self.local_rope = Rope(local, spec.head_dim, device)
 
-    def forward(self, batch: EncoderBatch, on_layer: Callable[[], None] | None = None) -> Tensor:
-        """Hidden states [N, hidden_size] after the last layer. `on_layer` is called after each layer."""
+    def forward(
+        self,
+        batch: EncoderBatch,
+        on_layer: Callable[[], None] | None = None,
+        on_heads: Callable[[int, Tensor, Masks], None] | None = None,
+    ) -> Tensor:
+        """Hidden states [N, hidden_size] after the last layer. `on_layer` is called after each layer.
+
+        `on_heads` is told each layer's place, its heads [N, 3, heads, head_dim] and its masks.
+        """
         spec = self.spec
         x = F.embedding(batch.token_ids, self.embed.weight)
         # In the order in which the reference adds them, which is seen in the last bits.
@@ -254,7 +277,8 @@ class Encoder(nn.Module):
         runs = batch.runs()
         for step, index in enumerate(spec.order):
             window = spec.window(step)
-            x = self.layers[index](x, local if window else rotation, runs, masks[window])
+            observe = None if on_heads is None else functools.partial(on_heads, step)
+            x = self.layers[index](x, local if window else rotation, runs, masks[window], observe)
             if on_layer is not None:
                 on_layer()
         hidden: Tensor = x if self.final_norm is None else self.final_norm(x)

@@ -19,6 +19,10 @@ from .layers import ACTIVATIONS, Linear, Norm, Weights, capped
 from .rope import Rope, Rotation, sinusoids
 from .spec import AlibiPositions, LearnedPositions, ModelSpec, SinusoidalPositions
 
+# Is told each layer's index, its queries [N, heads, head_dim] and keys [N, kv_heads, head_dim] as they are
+# multiplied, and how they are scored. The tensors change afterwards.
+OnAttention = Callable[[int, Tensor, Tensor, Scoring], None]
+
 
 class Decoder(Protocol):
     """What computes steps: `Transformer`, which documents these, or `kernels.program.NativeTransformer`."""
@@ -35,6 +39,7 @@ class Decoder(Protocol):
         cache: KVCache,
         attention: AttentionBatch,
         on_layer: Callable[[], None] | None = None,
+        on_attention: OnAttention | None = None,
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
@@ -235,12 +240,14 @@ class Transformer(nn.Module):
         cache: KVCache,
         attention: AttentionBatch,
         on_layer: Callable[[], None] | None = None,
+        on_attention: OnAttention | None = None,
     ) -> Tensor:
         """Hidden states [N, hidden_size] after the last norm, of token ids and positions int64 [N].
 
         Stores the keys and values of the rows, then attends through the cache. `on_layer` is
         called after each layer.
         """
+        attend = self.attention if on_attention is None else _observed(self.attention, on_attention)
         cache.begin_step(attention)
         x = self._embed(token_ids, positions)
         lengths = None
@@ -250,7 +257,7 @@ class Transformer(nn.Module):
         rotations = [rope.rotation(positions, lengths, x.dtype) for rope in self._ropes]
         for layer, rope in zip(self.layers, self._rope_of, strict=True):
             rotation = None if rope is None else rotations[rope]
-            x = layer(x, rotation, cache, self.attention, attention)
+            x = layer(x, rotation, cache, attend, attention)
             if on_layer is not None:
                 on_layer()
         return x if self.final_norm is None else self.final_norm(x)
@@ -299,6 +306,15 @@ class Transformer(nn.Module):
     def stored(self) -> list[Tensor]:
         """The tensors that hold the weights."""
         return list(self.parameters())
+
+
+def _observed(attention: Attention, on_attention: OnAttention) -> Attention:
+    def attend(query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring) -> Tensor:
+        size, slots = cache.block_size, batch.slot_mapping
+        on_attention(layer, query, cache.keys(layer)[slots // size, slots % size], scoring)
+        return attention(query, cache, layer, batch, scoring)
+
+    return attend
 
 
 def _prompt_lengths(batch: AttentionBatch) -> Tensor | None:

@@ -147,6 +147,20 @@ def _inspection_commands(subparsers: Any) -> None:
     found.add_argument("--bad-words", nargs="+", metavar="WORD", help="never write these")
     found.add_argument("--allowed-words", nargs="+", metavar="WORD", help="write nothing but these")
 
+    seen = _command(subparsers, "attention", inspection.attention, "which words attend to which")
+    seen.add_argument("text", help="- reads it from standard input")
+    seen.add_argument("--word", help="what this word attends to; all words when left out")
+    seen.add_argument("--layer", type=int, help="from 0; the last when left out")
+    which = seen.add_mutually_exclusive_group()
+    which.add_argument("--head", type=int, help="from 0; the mean of all when left out")
+    which.add_argument("--rollout", action="store_true", help="through all layers up to this one")
+    seen.add_argument("--tokens", action="store_true", help="tokens in place of words")
+    seen.add_argument("--out", metavar="FILE", help="a picture, .svg or .html")
+    seen.add_argument("--model", help="the served model, or one of its adapters")
+    seen.add_argument(
+        "--truncate", action="store_true", default=None, help="leave out the end of what is too long"
+    )
+
 
 def _command(subparsers: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(

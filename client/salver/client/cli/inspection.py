@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from salver.client.cli.connection import connect
+from salver.client.cli import attention_drawing as drawing
+from salver.client.cli.connection import UsageError, connect
 from salver.client.cli.output import as_json, read_text, table
 
 
@@ -28,3 +29,50 @@ def distribution(options: argparse.Namespace, names: tuple[str, ...]) -> None:
         for step in steps
     ]
     table(("after", "tokens", "removed", "entropy", "most probable"), rows)
+
+
+def attention(options: argparse.Namespace) -> None:
+    """A word's attention as bars, or all of it as shades; with --out a picture."""
+    if options.out is not None:
+        drawing.check_out(options.out)
+    text = read_text(options.text)
+    chosen: Any = {} if options.layer is None else {"layers": [options.layer]}
+    view = "rollout" if options.rollout else "head_mean"
+    if options.head is not None:
+        chosen["heads"], view = [options.head], "raw"
+    for name in ("truncate", "model", "timeout"):
+        if (value := getattr(options, name)) is not None:
+            chosen[name] = value
+    with connect(options) as client:
+        found = client.get_attention(text, view=view, merge_words=not options.tokens, **chosen)
+    if options.json:
+        as_json(found)
+        return
+    labels = [
+        text[u.start : u.end].strip() or u.token.decode("utf-8", "replace").strip() for u in found.units
+    ]
+    matrix = found.matrices[-1]
+    what = {"rollout": "rollout", "head_mean": "mean of heads", "raw": f"head {options.head}"}[view]
+    title = f"Attention, layer {matrix.layer} of {found.num_layers}, {what}"
+    query = None if options.word is None else _query(options.word, labels)
+    if options.out is not None:
+        if query is None:
+            picture = drawing.svg_matrix(title, labels, matrix.weights)
+        else:
+            title = f"{title}: {labels[query]}"
+            picture = drawing.svg_row(title, labels, matrix.weights[query], query)
+        drawing.write(options.out, title, picture)
+        return
+    print(title)
+    if query is None:
+        drawing.draw_matrix(labels, matrix.weights)
+    else:
+        drawing.draw_row(labels, matrix.weights[query], query)
+
+
+def _query(word: str, labels: list[str]) -> int:
+    """The last unit of that name: a decoder's last one has seen most. Raises UsageError."""
+    places = [i for i, label in enumerate(labels) if label.casefold() == word.casefold()]
+    if not places:
+        raise UsageError(f"--word {word!r} is none of {', '.join(labels)}")
+    return places[-1]

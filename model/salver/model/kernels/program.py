@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionBatch
+from ..attention import AttentionBatch, Scoring
 from ..cache import KVCache
 from ..layers import Norm, Weights
 from ..spec import LearnedPositions, ModelSpec, RopePositions
-from ..transformer import Layer, Transformer
+from ..transformer import Layer, OnAttention, Transformer
 from .build import KernelUnavailable, pairs_are_fast
 from .library import (
     ACTIVATIONS,
@@ -255,6 +256,7 @@ class NativeTransformer:
         cache: KVCache,
         attention: AttentionBatch,
         on_layer: Callable[[], None] | None = None,
+        on_attention: OnAttention | None = None,
     ) -> Tensor:
         """As `Transformer.forward`; hidden states float32 [N, hidden_size], valid until the next step."""
         assert cache is self._cache
@@ -279,10 +281,28 @@ class NativeTransformer:
             cos, sin = angles.cos(), angles.sin()
             step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
         told = Progress(on_layer) if on_layer is not None and rows >= PROGRESS_ROWS else Progress()
+        if on_attention is not None:
+            told = Progress(self._attention_told(rows, on_attention, on_layer))
         self._library.run(self._program, step, self._threads, told)
         if on_layer is not None:
             on_layer()
         return self._tensors[FINAL][:rows]
+
+    def _attention_told(
+        self, rows: int, on_attention: OnAttention, on_layer: Callable[[], None] | None
+    ) -> Callable[[], None]:
+        """What the kernel calls after each layer, when its rotated heads are in their buffer still."""
+        spec, layers = self.spec, itertools.count()
+        scoring = Scoring(spec.attention_scale)
+
+        def tell() -> None:
+            heads = self._tensors[HEADS][:rows].view(rows, -1, spec.head_dim)
+            query, key, _ = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+            on_attention(next(layers), query, key, scoring)
+            if on_layer is not None:
+                on_layer()
+
+        return tell
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, vocab_size] of hidden float32 [R, hidden_size]."""

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salver.model.encoder import Encoder, EncoderBatch, build_encoder_batch
+from salver.model.encoder import Encoder, EncoderBatch, Masks, build_encoder_batch, self_attention_weights
 from salver.server.engine.core import RowResult, StepResult
-from salver.server.engine.readouts import Dense, read_states
+from salver.server.engine.readouts import Dense, put_attention, read_states
 from salver.server.engine.request import EncodingParams, Readout
 from salver.server.engine.runner import within_memory
 from salver.server.engine.scheduler import Schedule, Scheduled
@@ -48,10 +48,23 @@ class EncoderRunner:
         items = [schedule.scheduled[i] for i in order]
         begin = time.perf_counter()
         batch = self._batch([item.token_ids for item in items], [_encoding(item).segments for item in items])
-        hidden = self.model(batch, self._on_progress)
+        weights: dict[int, list[Tensor]] = {
+            i: [] for i, item in enumerate(items) if _encoding(item).readout is Readout.ATTENTION
+        }
+
+        def observe(layer: int, heads: Tensor, masks: Masks) -> None:
+            for i, found in weights.items():
+                if layer in _encoding(items[i]).layers:
+                    rows = heads[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
+                    wanted = list(_encoding(items[i]).heads)
+                    found.append(self_attention_weights(rows, masks.of(len(rows)))[wanted].cpu())
+
+        hidden = self.model(batch, self._on_progress, observe if weights else None)
         duration = time.perf_counter() - begin
         sorted_results = [RowResult() for _ in items]
         self._read(items, batch.cu_seqlens, hidden, sorted_results)
+        for i, found in weights.items():
+            put_attention(torch.stack(found).numpy(), sorted_results[i])
         results = [RowResult() for _ in items]
         for i, result in zip(order, sorted_results, strict=True):
             results[i] = result

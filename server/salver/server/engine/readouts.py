@@ -57,3 +57,11 @@ def distribution_arrays(steps: Sequence[StepDistribution], top_k: int) -> tuple[
         np.array([step.num_tokens for step in steps], dtype=np.int64),
         np.array([(step.removed_mass, step.entropy) for step in steps]),
     )
+
+
+def put_attention(weights: NDArray[np.float32], result: RowResult) -> None:
+    """What Readout.ATTENTION promises."""
+    if np.isfinite(weights).all():
+        result.arrays = (weights,)
+    else:
+        result.error = "the model's attention weights are not numbers"

@@ -73,6 +73,7 @@ class Readout(enum.Enum):
     EMBEDDING = "embedding"  # pooled, and through the checkpoint's dense modules [dimensions]
     SCORES = "scores"  # the head's: [labels], or [n, labels] of a head that reads every token
     CANDIDATES = "candidates"  # the vocabulary head's most probable tokens at some positions
+    ATTENTION = "attention"  # the weights of some layers and heads [layers, heads, n, n]
     DISTRIBUTION = "distribution"  # the next token's, before and after each step of sampling
 
 
@@ -98,6 +99,8 @@ class EncodingParams:
     positions: tuple[int, ...] = ()
     top_k: int = 0
     targets: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()  # of ATTENTION, in rising order
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from salver.model.adapters import AdapterSet
-from salver.model.attention import AttentionBatch
+from salver.model.attention import AttentionBatch, Scoring
 from salver.model.cache import KVCache
 from salver.model.sampling import INVALID, SamplingRow, TokenLogprobs, distributions, sample, token_logprobs
 from salver.model.transformer import Decoder
+from salver.server.engine.attention_rows import AttentionRows
 from salver.server.engine.batch import Part, build_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
@@ -74,9 +75,21 @@ class ModelRunner:
                 ]
             )
         model_begin = time.perf_counter()
+        observed = [
+            AttentionRows(item, first)
+            for item, first in zip(schedule.scheduled, batch.first_rows, strict=True)
+            if item.sequence.request.encoding is not None
+            and item.sequence.request.encoding.readout is Readout.ATTENTION
+        ]
+
+        def observe(layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+            for rows in observed:
+                rows.take(layer, query, key, scoring)
+
         hidden = self.model(
-            batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress
-        )
+            batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress,
+            on_attention=observe if observed else None,
+        )  # fmt: skip
         sampling = [i for i, item in enumerate(schedule.scheduled) if item.samples]
         ends = batch.attention.cu_seqlens_q
         rows = [
@@ -92,12 +105,18 @@ class ModelRunner:
                 self._prompt_logprobs(item, hidden, first_row, result)
             if item.sequence.request.encoding is not None:
                 self._read(item, item.sequence.request.encoding, hidden, first_row, result)
+        of_items = {id(rows.item): rows for rows in observed}
+        for item, result in zip(schedule.scheduled, results, strict=True):
+            if id(item) in of_items:
+                of_items[id(item)].read(result)
         return StepResult(results, model_duration)
 
     def _read(
         self, item: Scheduled, encoding: EncodingParams, hidden: Tensor, first_row: int, result: RowResult
     ) -> None:
         """What `encoding` asks for of the part's rows."""
+        if encoding.readout is Readout.ATTENTION:
+            return  # taken on the way
         if encoding.readout is not Readout.DISTRIBUTION:
             states = hidden[first_row : first_row + item.num_tokens].float().cpu().numpy().copy()
             read_states(item, states, result, self._dense)

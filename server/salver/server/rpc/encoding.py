@@ -12,10 +12,10 @@ import numpy as np
 from salver.model.pooling import normalized
 from salver.model.tokenizer.encoding import EncodedText
 from salver.server.admission import Admission
-from salver.server.engine.request import EncodingParams, Readout
+from salver.server.engine.request import Readout
 from salver.server.metrics import Metrics
 from salver.server.rpc import convert
-from salver.server.rpc.encoding_call import Computed, EncodingCall, fitted
+from salver.server.rpc.encoding_call import Computed, EncodingCall, encoding_params, fitted
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
 from salver.server.rpc.generation import deadline_of
 from salver.server.rpc.prompts import PromptReader
@@ -87,7 +87,7 @@ class EncodingService(encoding_pb2_grpc.EncodingServiceServicer):
             size = sum(len(prompt.text) for prompt in request.inputs)
             found = await self._tokens(size, tokenize, request.truncate, model, spec.max_tokens)
             readout = Readout.TOKENS if request.per_token else Readout.EMBEDDING
-            params = [_params(model, readout, tokens, pooling=pooling) for tokens in found]
+            params = [encoding_params(model, readout, tokens, pooling=pooling) for tokens in found]
             computed = await call.compute(found, params)
         embeddings = [
             _token_embeddings(tokens, arrays[0], model)
@@ -204,7 +204,7 @@ class EncodingService(encoding_pb2_grpc.EncodingServiceServicer):
             places = [_masks(tokens, f"inputs[{i}]", model) for i, tokens in enumerate(found)]
             top_k = 0 if targets else count or 0
             params = [
-                _params(
+                encoding_params(
                     model, Readout.CANDIDATES, tokens, positions=tuple(masks), top_k=top_k, targets=targets
                 )
                 for tokens, masks in zip(found, places, strict=True)
@@ -244,7 +244,9 @@ class EncodingService(encoding_pb2_grpc.EncodingServiceServicer):
                 parts = windows(tokens, limit, stride)
             except ValueError as error:
                 raise out_of_range(str(error), max_input_tokens=limit, stride=stride) from error
-            computed = await call.compute(parts, [_params(model, Readout.SCORES, part) for part in parts])
+            computed = await call.compute(
+                parts, [encoding_params(model, Readout.SCORES, part) for part in parts]
+            )
 
         def find() -> list[Any]:
             return best_answers(
@@ -338,7 +340,9 @@ class EncodingService(encoding_pb2_grpc.EncodingServiceServicer):
 
         size = sum(len(text) + len(pair or "") for text, pair in texts)
         found = await self._tokens(size, tokenize, truncate, model, field=field)
-        return found, await call.compute(found, [_params(model, Readout.SCORES, item) for item in found])
+        return found, await call.compute(
+            found, [encoding_params(model, Readout.SCORES, item) for item in found]
+        )
 
     def _response(
         self, kind: Any, request: Any, model: ServedModel, computed: Computed, arrival: float, **fields: Any
@@ -351,14 +355,6 @@ class EncodingService(encoding_pb2_grpc.EncodingServiceServicer):
             numerics_id=model.ready.numerics_id,
             **fields,
         )
-
-
-def _params(model: ServedModel, readout: Readout, tokens: EncodedText, **fields: Any) -> EncodingParams:
-    encoder = model.encoder
-    segments = tokens.segments if encoder is not None and encoder.num_segments > 1 else ()
-    return EncodingParams(
-        readout, whole=encoder is not None, segments=segments if any(segments) else (), **fields
-    )
 
 
 def _check_texts(texts: Sequence[str], field: str, violations: Violations) -> None:

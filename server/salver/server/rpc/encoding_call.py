@@ -22,6 +22,7 @@ from salver.server.engine.request import (
     EncodingParams,
     EngineRequest,
     FinishReason,
+    Readout,
     SamplingParams,
     SequenceOutput,
     SequenceTimings,
@@ -182,6 +183,17 @@ class EncodingCall:
             steps=max(item.steps for item in of_inputs),
             preemptions=sum(item.preemptions for item in of_inputs),
         )
+
+
+def encoding_params(
+    model: ServedModel, readout: Readout, tokens: EncodedText, **fields: Any
+) -> EncodingParams:
+    """Asks for a readout of an input as the model reads it."""
+    encoder = model.encoder
+    segments = tokens.segments if encoder is not None and encoder.num_segments > 1 else ()
+    return EncodingParams(
+        readout, whole=encoder is not None, segments=segments if any(segments) else (), **fields
+    )
 
 
 def fitted(tokens: EncodedText, limit: int, field: str, truncate: bool, model: ServedModel) -> EncodedText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -13,7 +14,8 @@ from salver.server.engine.request import EncodingParams, Readout
 from salver.server.metrics import Metrics
 from salver.server.rpc import convert
 from salver.server.rpc.configuration import Configuration
-from salver.server.rpc.encoding_call import Arrays, Computed, EncodingCall, NextToken
+from salver.server.rpc.encoding_call import Arrays, Computed, EncodingCall, NextToken, encoding_params, fitted
+from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
 from salver.server.rpc.generation import deadline_of
 from salver.server.rpc.model_card import model_card
 from salver.server.rpc.prompts import PromptReader
@@ -28,6 +30,8 @@ from salver.server.rpc.validation import (
     check_token_ids,
     model_named,
 )
+from salver.server.tasks.attention import head_mean, merged, rollout, strongest, words_of
+from salver.server.tasks.scores import Array
 from salver.v1 import common_pb2, inspection_pb2, inspection_pb2_grpc
 
 MAX_CANDIDATES = 1000
@@ -73,6 +77,35 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
     async def GetModelCard(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         base = self._front.model
         return model_card(request, model_named(request.model, base), base, self._admission.forecast.times)
+
+    async def GetAttention(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        arrival = time.monotonic()
+        model = model_named(request.model, self._front.model)
+        violations = Violations()
+        check_request_id(request.request_id, violations)
+        check_prompt(request.prompt, "prompt", model.limits.vocab_size, violations)
+        layers, heads = _check_attention(request, model, violations)
+        with self._call(request, context, violations, model, arrival) as call:
+            text = request.prompt.text
+            tokens = await self._reader.run(len(text), lambda: _tokens_of(request.prompt, model))
+            if not tokens.token_ids:
+                raise invalid_argument([Violation("prompt.text", "tokenizes to nothing")])
+            tokens = fitted(tokens, model.limits.capacity, "prompt", request.truncate, model)
+            is_rollout = request.view == inspection_pb2.ATTENTION_VIEW_ROLLOUT
+            computing = tuple(range(layers[-1] + 1)) if is_rollout else layers
+            _check_size(len(tokens), len(computing), len(heads), model)
+            computed = await call.compute(
+                [tokens], [encoding_params(model, Readout.ATTENTION, tokens, layers=computing, heads=heads)]
+            )
+            size = computed.arrays[0][0].size
+            units, matrices = await self._reader.run(
+                size, lambda: _attention(request, text, tokens, computed.arrays[0][0], layers, heads, model)
+            )
+        return self._response(
+            inspection_pb2.GetAttentionResponse, request, model, computed, arrival,
+            units=units, matrices=matrices, num_layers=model.num_layers, num_heads=model.num_heads,
+            truncated_tokens=tokens.truncated,
+        )  # fmt: skip
 
     def _call(
         self,
@@ -135,3 +168,95 @@ def _said(configuration: Configuration) -> Configuration:
             getattr(made, part).ClearField(name)
             made.origins.pop(f"{part}.{name}", None)
     return made
+
+
+# --- GetAttention ---
+
+
+def _check_attention(
+    request: Any, model: ServedModel, violations: Violations
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The layers and heads, in rising order."""
+    chosen = []
+    for name, count in (("layers", model.num_layers), ("heads", model.num_heads)):
+        for position, index in enumerate(getattr(request, name)):
+            if index >= count:
+                violations.add(f"{name}[{position}]", f"{index} must be below {count}, the model's {name}")
+                break
+        chosen.append(tuple(sorted(set(getattr(request, name)))) or tuple(range(count)))
+    if request.view not in inspection_pb2.AttentionView.values():
+        violations.add("view", f"{request.view} is not a view")
+    if request.view == inspection_pb2.ATTENTION_VIEW_ROLLOUT and request.heads:
+        violations.add("heads", "cannot be chosen for a rollout, which is of all heads")
+    if request.HasField("top_k") and request.top_k < 1:
+        violations.add("top_k", "must be at least 1")
+    if request.merge_words and request.prompt.WhichOneof("prompt") == "token_ids":
+        violations.add("merge_words", "needs a text: token ids have no words")
+    return chosen[0], chosen[1]
+
+
+def _tokens_of(prompt: common_pb2.Prompt, model: ServedModel) -> EncodedText:
+    if prompt.WhichOneof("prompt") == "token_ids":
+        return EncodedText.of_ids(prompt.token_ids.ids)
+    return model.tokenizer.encode_input(prompt.text)
+
+
+def _check_size(num_tokens: int, num_layers: int, num_heads: int, model: ServedModel) -> None:
+    """Raises ApiError where the weights before any reduction are more than a message holds.
+
+    It bounds the reply and also how long the step of the request's neighbours can take.
+    """
+    size, most = 4 * num_tokens**2 * num_layers * num_heads, model.limits.max_message_bytes
+    room = most - most // 16  # for the units and the framing
+    if size > room:
+        fits = math.isqrt(room // (4 * num_layers * num_heads))
+        raise out_of_range(
+            f"the attention of {num_tokens} tokens in {num_layers} layers and {num_heads} heads is "
+            f"{size} bytes, a message holds {most}: so many layers and heads of at most {fits} tokens fit; "
+            "ask for fewer layers or heads, or a shorter text",
+            prompt_tokens=num_tokens, layers=num_layers, heads=num_heads, max_tokens=fits,
+        )  # fmt: skip
+
+
+def _attention(
+    request: Any,
+    text: str,
+    tokens: EncodedText,
+    weights: Array,
+    layers: tuple[int, ...],
+    heads: tuple[int, ...],
+    model: ServedModel,
+) -> tuple[list[inspection_pb2.AttentionUnit], list[inspection_pb2.AttentionMatrix]]:
+    """The units, and the matrices of weights [layers computed, heads, n, n]."""
+    of_heads: tuple[int | None, ...] = heads
+    if request.view == inspection_pb2.ATTENTION_VIEW_ROLLOUT:
+        weights, of_heads = rollout(weights)[list(layers)], (None,)
+    elif request.view == inspection_pb2.ATTENTION_VIEW_HEAD_MEAN:
+        weights, of_heads = head_mean(weights), (None,)
+    groups = [[place] for place in range(len(tokens))]
+    if request.merge_words:
+        groups = words_of(text, tokens)
+        weights = merged(weights, groups)
+    matrices = []
+    for layer, of_layer in zip(layers, weights, strict=True):
+        for head, matrix in zip(of_heads, of_layer, strict=True):
+            made = inspection_pb2.AttentionMatrix(layer=layer, head=head)
+            if request.HasField("top_k"):
+                made.links.extend(
+                    inspection_pb2.AttentionLink(query=query, key=key, weight=weight)
+                    for query, key, weight in strongest(matrix, request.top_k)
+                )
+            else:
+                made.weights.extend(matrix.ravel().tolist())
+            matrices.append(made)
+    return [_unit(group, tokens, model) for group in groups], matrices
+
+
+def _unit(places: list[int], tokens: EncodedText, model: ServedModel) -> inspection_pb2.AttentionUnit:
+    ids = [tokens.token_ids[place] for place in places]
+    return inspection_pb2.AttentionUnit(
+        token_ids=ids,
+        token=b"".join(model.tokenizer.token_bytes(token_id) for token_id in ids),
+        start=tokens.offsets[places[0]][0],
+        end=tokens.offsets[places[-1]][1],
+    )

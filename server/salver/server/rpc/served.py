@@ -106,6 +106,8 @@ class ServedModel:
     embedding_dimensions: int = 0
     spec: ModelSpec | EncoderSpec | None = None
     hyperparameters: tuple[Hyperparameter, ...] = ()
+    num_layers: int = 0  # of attention; a layer that is computed several times counts as often
+    num_heads: int = 0  # of queries, in each
 
     @property
     def tasks(self) -> tuple[Task, ...]:
