@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +51,12 @@ class Scoring:
     def plain(self) -> bool:
         """Whether a scaled product and a mask are all."""
         return not self.cap and self.alibi is None and self.sinks is None
+
+    def of_heads(self, heads: Sequence[int]) -> Scoring:
+        """For these heads alone."""
+        chosen = list(heads)
+        alibi = None if self.alibi is None else replace(self.alibi, slopes=self.alibi.slopes[chosen])
+        return replace(self, alibi=alibi, sinks=None if self.sinks is None else self.sinks[chosen])
 
     def adjust(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Cap and bias, in place; before the mask.

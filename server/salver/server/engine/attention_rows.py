@@ -13,7 +13,7 @@ from salver.server.engine.core import RowResult
 from salver.server.engine.readouts import put_attention
 from salver.server.engine.scheduler import Scheduled
 
-# float32 queries [n, heads, head_dim] and keys [n, kv_heads, head_dim] of each layer asked for.
+# float32 queries and keys [n, heads, head_dim] of each layer asked for, of the heads asked for.
 Chunk = list[tuple[Tensor, Tensor]]
 
 
@@ -36,9 +36,10 @@ class AttentionRows:
     def take(self, layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
         """As OnAttention."""
         if layer in self._encoding.layers:
-            kept = [part[self._rows].to(torch.float32, copy=True) for part in (query, key)]
-            self._chunk.append((kept[0], kept[1]))
-            self._scoring.append(scoring)
+            heads = list(self._encoding.heads)
+            of_keys = [head * key.shape[1] // query.shape[1] for head in heads]
+            self._chunk.append((query[self._rows, heads].float(), key[self._rows, of_keys].float()))
+            self._scoring.append(scoring.of_heads(heads))
 
     def read(self, result: RowResult) -> None:
         """The chunks as `partial`; the weights once all is computed."""
@@ -50,5 +51,5 @@ class AttentionRows:
         found = []
         for place, scoring in enumerate(self._scoring):
             query, key = (torch.cat([chunk[place][i] for chunk in chunks]) for i in (0, 1))
-            found.append(attention_weights(query, key, scoring)[list(self._encoding.heads)].cpu())
+            found.append(attention_weights(query, key, scoring).cpu())
         put_attention(torch.stack(found).numpy(), result)

@@ -57,7 +57,10 @@ class EncoderRunner:
                 if layer in _encoding(items[i]).layers:
                     rows = heads[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
                     wanted = list(_encoding(items[i]).heads)
-                    found.append(self_attention_weights(rows, masks.of(len(rows)))[wanted].cpu())
+                    mask = masks.of(len(rows))
+                    if mask is not None and len(mask) > 1:
+                        mask = mask[wanted]
+                    found.append(self_attention_weights(rows[:, :, wanted], mask).cpu())
 
         hidden = self.model(batch, self._on_progress, observe if weights else None)
         duration = time.perf_counter() - begin
