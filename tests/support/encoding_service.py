@@ -82,8 +82,7 @@ class EncodingServer:
                 max_num_seqs=32, max_num_batched_tokens=256, max_samples=4, max_queued_requests=64,
                 max_queued_tokens=10_000, max_message_bytes=1 << 24,
             ),
-            encoder=spec, embedding=embedding,
-            num_layers=len(spec.order), num_heads=spec.num_heads,
+            spec=spec, embedding=embedding,
             embedding_dimensions=embedding.dimensions(spec.hidden_size),
         )  # fmt: skip
 

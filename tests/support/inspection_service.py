@@ -36,5 +36,5 @@ class DecoderServer(EncodingServer):
                 max_queued_requests=64, max_queued_tokens=10_000, max_message_bytes=1 << 20,
             ),
             embedding=read_embedding_spec(checkpoint), embedding_dimensions=spec.hidden_size,
-            num_layers=spec.num_layers, num_heads=spec.num_heads,
+            spec=spec,
         )  # fmt: skip

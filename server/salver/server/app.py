@@ -431,11 +431,6 @@ class Application:
                 max_queued_tokens=config.max_queued_tokens,
                 max_message_bytes=config.max_message_size,
             ),
-            num_layers=(
-                len(loaded.spec.order) if isinstance(loaded.spec, EncoderSpec) else loaded.spec.num_layers
-            ),
-            num_heads=loaded.spec.num_heads,
-            encoder=loaded.spec if isinstance(loaded.spec, EncoderSpec) else None,
             embedding=loaded.embedding,
             embedding_dimensions=loaded.embedding.dimensions(loaded.spec.hidden_size),
             spec=loaded.spec,

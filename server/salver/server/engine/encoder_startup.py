@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_loader import load_encoder
 from salver.model.encoder_spec import EncoderSpec
 from salver.model.errors import CheckpointError
-from salver.model.kernels.build import KernelUnavailable, source_digest
+from salver.model.kernels.build import KernelUnavailable
 from salver.model.layers import Linear
-from salver.model.numerics import numerics_id, row_multiple_of
+from salver.model.numerics import row_multiple_of
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.encoder_runner import EncoderRunner
@@ -28,7 +29,7 @@ from salver.server.engine.startup import (
     WARM_UP_TOKENS,
     PhaseTimer,
     StartError,
-    device_name,
+    describe,
     find_device,
     load_dense,
     start_engine,
@@ -97,32 +98,12 @@ def start_encoder(
         enable_prefix_caching=False,
         check_integrity=config.check_integrity,
     )
-    ready = Ready(
-        device=device_name(device),
-        dtype=str(dtype).removeprefix("torch."),
-        quantization=config.quantization,
-        torch_version=str(torch.__version__),
-        kernels=kernels,
-        numerics_id=numerics_id(
-            device,
-            dtype,
-            weights_digest=config.weights_digest,
-            quantization=config.quantization,
-            numerics=config.numerics,
-            threads=threads,
-            row_multiple=multiple,
-            kernel=source_digest() if native else "",
-        ),
-        num_parameters=parameters,
-        num_blocks=1,  # the null block: there is no cache
-        block_size=BLOCK_SIZE,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        phases=tuple(phases),
-        measured=measured,
-    )
-    return EngineCore(runner, limits, clock=time.monotonic), ready
+    ready = describe(
+        config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
+        num_parameters=parameters, phases=phases, measured=measured,
+    )  # fmt: skip
+    # The front sees the null block alone: there is no cache.
+    return EngineCore(runner, limits, clock=time.monotonic), replace(ready, num_blocks=1)
 
 
 def _refuse_flags(config: EngineConfig) -> None:

@@ -74,18 +74,18 @@ class ModelRunner:
                     for item, first in zip(schedule.scheduled, batch.first_rows, strict=True)
                 ]
             )
-        model_begin = time.perf_counter()
-        observed = [
-            AttentionRows(item, first)
-            for item, first in zip(schedule.scheduled, batch.first_rows, strict=True)
+        observed = {
+            i: AttentionRows(item, batch.first_rows[i])
+            for i, item in enumerate(schedule.scheduled)
             if item.sequence.request.encoding is not None
             and item.sequence.request.encoding.readout is Readout.ATTENTION
-        ]
+        }
 
         def observe(layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
-            for rows in observed:
+            for rows in observed.values():
                 rows.take(layer, query, key, scoring)
 
+        model_begin = time.perf_counter()
         hidden = self.model(
             batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress,
             on_attention=observe if observed else None,
@@ -100,23 +100,20 @@ class ModelRunner:
         logits = self.logits(hidden, rows)
         model_duration = time.perf_counter() - model_begin
         self._sample(schedule, sampling, logits, results)
-        for item, first_row, result in zip(schedule.scheduled, batch.first_rows, results, strict=True):
-            if item.sequence.request.prompt_top_k is not None:
-                self._prompt_logprobs(item, hidden, first_row, result)
-            if item.sequence.request.encoding is not None:
-                self._read(item, item.sequence.request.encoding, hidden, first_row, result)
-        of_items = {id(rows.item): rows for rows in observed}
-        for item, result in zip(schedule.scheduled, results, strict=True):
-            if id(item) in of_items:
-                of_items[id(item)].read(result)
+        for i, (item, first_row) in enumerate(zip(schedule.scheduled, batch.first_rows, strict=True)):
+            request = item.sequence.request
+            if request.prompt_top_k is not None:
+                self._prompt_logprobs(item, hidden, first_row, results[i])
+            if i in observed:
+                observed[i].read(results[i])
+            elif request.encoding is not None:
+                self._read(item, request.encoding, hidden, first_row, results[i])
         return StepResult(results, model_duration)
 
     def _read(
         self, item: Scheduled, encoding: EncodingParams, hidden: Tensor, first_row: int, result: RowResult
     ) -> None:
         """What `encoding` asks for of the part's rows."""
-        if encoding.readout is Readout.ATTENTION:
-            return  # taken on the way
         if encoding.readout is not Readout.DISTRIBUTION:
             states = hidden[first_row : first_row + item.num_tokens].float().cpu().numpy().copy()
             read_states(item, states, result, self._dense)

@@ -244,6 +244,8 @@ class Scheduler:
         return original - sequence.num_tokens
 
     def _renew_positions(self) -> None:
+        if self.rope_context[1] != "again":
+            return
         for sequence in [s for s in self.running if self._outgrew(s)]:
             sequence.outgrow()
             self._preempt(sequence)

@@ -115,7 +115,31 @@ def start_engine(
         enable_prefix_caching=config.enable_prefix_caching,
         check_integrity=config.check_integrity,
     )
-    ready = Ready(
+    ready = describe(
+        config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
+        num_parameters=decoder.num_parameters(), phases=phases, measured=measured,
+        adapters=() if adapters is None else tuple(adapters.digests.items()),
+    )  # fmt: skip
+    grammars.warm_beside()
+    return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
+
+
+def describe(
+    config: EngineConfig,
+    limits: EngineLimits,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    threads: int,
+    multiple: int,
+    kernels: str,
+    num_parameters: int,
+    phases: list[tuple[str, float]],
+    measured: Measured,
+    adapters: tuple[tuple[str, str], ...] = (),
+) -> Ready:
+    """What the front is told of a warm engine; `kernels` is "native", or torch and why."""
+    return Ready(
         device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         quantization=config.quantization,
@@ -129,20 +153,18 @@ def start_engine(
             numerics=config.numerics,
             threads=threads,
             row_multiple=multiple,
-            kernel=build.numerics() if native else "",
+            kernel=build.numerics() if kernels == "native" else "",
         ),
-        num_parameters=decoder.num_parameters(),
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
+        num_parameters=num_parameters,
+        num_blocks=limits.num_blocks,
+        block_size=limits.block_size,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         phases=tuple(phases),
-        adapters=() if adapters is None else tuple(adapters.digests.items()),
+        adapters=adapters,
         measured=measured,
     )
-    grammars.warm_beside()
-    return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
 
 
 def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Transformer:

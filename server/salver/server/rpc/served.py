@@ -100,14 +100,27 @@ class ServedModel:
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
     checkpoint: str = ""  # its directory
     adapter: str = ""  # the LoRA adapter that requests of this name ask; empty: the model itself
-
-    encoder: EncoderSpec | None = None  # None: a decoder
     embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
     embedding_dimensions: int = 0
     spec: ModelSpec | EncoderSpec | None = None
     hyperparameters: tuple[Hyperparameter, ...] = ()
-    num_layers: int = 0  # of attention; a layer that is computed several times counts as often
-    num_heads: int = 0  # of queries, in each
+
+    @property
+    def encoder(self) -> EncoderSpec | None:
+        """None of a decoder."""
+        return self.spec if isinstance(self.spec, EncoderSpec) else None
+
+    @property
+    def num_layers(self) -> int:
+        """Of attention; a layer that is computed several times counts as often."""
+        if self.spec is None:
+            return 0
+        return len(self.spec.order) if isinstance(self.spec, EncoderSpec) else self.spec.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Of queries, in each layer."""
+        return 0 if self.spec is None else self.spec.num_heads
 
     @property
     def tasks(self) -> tuple[Task, ...]:
