@@ -1,4 +1,4 @@
-"""One call of EncodingService on its way through the engine: its inputs are computed together."""
+"""One call for readouts of a model on its way through the engine: its inputs are computed together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 from numpy.typing import NDArray
 
 from salver.model.tokenizer.encoding import EncodedText
@@ -29,9 +30,14 @@ from salver.server.engine.request import (
     StoppingParams,
 )
 from salver.server.metrics import Metrics
+from salver.server.rpc import convert
 from salver.server.rpc.errors import out_of_range
+from salver.server.rpc.generation import deadline_of
+from salver.server.rpc.prompts import PromptReader
 from salver.server.rpc.served import Front, ServedModel
 from salver.server.rpc.submission import Submissions, next_request_id
+from salver.server.rpc.validation import Violations, check_priority
+from salver.v1 import common_pb2
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -216,3 +222,44 @@ def fitted(tokens: EncodedText, limit: int, field: str, truncate: bool, model: S
         input_tokens=len(tokens),
         max_input_tokens=limit,
     )
+
+
+class EngineCalls:
+    """What services of readouts share: a call's way in, and what every reply says."""
+
+    def __init__(self, front: Front, admission: Admission, metrics: Metrics, reader: PromptReader) -> None:
+        self._front = front
+        self._admission = admission
+        self._metrics = metrics
+        self._reader = reader
+
+    def _call(
+        self,
+        request: Any,
+        context: grpc.aio.ServicerContext,
+        violations: Violations,
+        model: ServedModel,
+        arrival: float,
+        num_inputs: int = 1,
+    ) -> EncodingCall:
+        """Admits the call. Raises ApiError: also for the violations found so far."""
+        priority = check_priority(request, violations)
+        violations.raise_any()
+        return EncodingCall(
+            self._front, self._admission, self._metrics, num_inputs,
+            arrival=arrival, deadline=deadline_of(context, arrival), priority=priority,
+            adapter=model.adapter,
+        )  # fmt: skip
+
+    @staticmethod
+    def _response(
+        kind: Any, request: Any, model: ServedModel, computed: Computed, arrival: float, **fields: Any
+    ) -> Any:
+        return kind(
+            request_id=request.request_id,
+            model=model.name,
+            usage=common_pb2.Usage(prompt_tokens=computed.num_tokens),
+            timings=convert.timings(computed.timings, time.monotonic() - arrival),
+            numerics_id=model.ready.numerics_id,
+            **fields,
+        )

@@ -9,21 +9,15 @@ from typing import Any
 import grpc
 
 from salver.model.tokenizer.encoding import EncodedText
-from salver.server.admission import Admission
 from salver.server.engine.request import EncodingParams, Readout
-from salver.server.metrics import Metrics
-from salver.server.rpc import convert
 from salver.server.rpc.configuration import Configuration
-from salver.server.rpc.encoding_call import Arrays, Computed, EncodingCall, NextToken, encoding_params, fitted
+from salver.server.rpc.encoding_call import Arrays, EngineCalls, NextToken, encoding_params, fitted
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
-from salver.server.rpc.generation import deadline_of
 from salver.server.rpc.model_card import model_card
-from salver.server.rpc.prompts import PromptReader
-from salver.server.rpc.served import Front, ServedModel, Task
+from salver.server.rpc.served import ServedModel, Task
 from salver.server.rpc.validation import (
     Violations,
     check_next_token,
-    check_priority,
     check_prompt,
     check_request_id,
     check_score_length,
@@ -38,14 +32,8 @@ MAX_CANDIDATES = 1000
 DEFAULT_CANDIDATES = 10
 
 
-class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
+class InspectionService(EngineCalls, inspection_pb2_grpc.InspectionServiceServicer):
     """Shows what a model's answers are made of."""
-
-    def __init__(self, front: Front, admission: Admission, metrics: Metrics, reader: PromptReader) -> None:
-        self._front = front
-        self._admission = admission
-        self._metrics = metrics
-        self._reader = reader
 
     async def GetDistribution(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         arrival = time.monotonic()
@@ -106,35 +94,6 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
             units=units, matrices=matrices, num_layers=model.num_layers, num_heads=model.num_heads,
             truncated_tokens=tokens.truncated,
         )  # fmt: skip
-
-    def _call(
-        self,
-        request: Any,
-        context: grpc.aio.ServicerContext,
-        violations: Violations,
-        model: ServedModel,
-        arrival: float,
-    ) -> EncodingCall:
-        """Admits the call. Raises ApiError: also for the violations found so far."""
-        priority = check_priority(request, violations)
-        violations.raise_any()
-        return EncodingCall(
-            self._front, self._admission, self._metrics, 1,
-            arrival=arrival, deadline=deadline_of(context, arrival), priority=priority,
-            adapter=model.adapter,
-        )  # fmt: skip
-
-    def _response(
-        self, kind: Any, request: Any, model: ServedModel, computed: Computed, arrival: float, **fields: Any
-    ) -> Any:
-        return kind(
-            request_id=request.request_id,
-            model=model.name,
-            usage=common_pb2.Usage(prompt_tokens=computed.num_tokens),
-            timings=convert.timings(computed.timings, time.monotonic() - arrival),
-            numerics_id=model.ready.numerics_id,
-            **fields,
-        )
 
 
 def _steps(arrays: Arrays, model: ServedModel) -> list[inspection_pb2.StepDistribution]:
