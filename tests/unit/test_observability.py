@@ -21,7 +21,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import generate_latest
 from support.certificates import token_file
-from unit.test_rpc_services import failure, request, run, service
+from support.fake_service import failure, request, run, service
 
 from salver.client import AsyncClient, Client, ConnectionOptions
 from salver.server.config import parse_config

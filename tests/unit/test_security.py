@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.certificates import Authority, token_file
-from unit.test_rpc_services import ANSWER, Service, failure, request, run, service, stream_request, until
+from support.fake_service import ANSWER, Service, failure, request, run, service, stream_request, until
 
 from salver.client import AsyncClient, ConnectionOptions, Unauthenticated, Unavailable, token_from_file
 from salver.server import reloading
