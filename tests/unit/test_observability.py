@@ -21,7 +21,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import generate_latest
 from support.certificates import token_file
-from support.fake_service import failure, request, run, service
+from support.fake_service import failure, request, run, service, until
 
 from salver.client import AsyncClient, Client, ConnectionOptions
 from salver.server.config import parse_config
@@ -112,6 +112,7 @@ def test_a_call_that_was_cut_shows_how_far_it_came(sink: Sink) -> None:
             served.engine.hold.clear()
             with pytest.raises(grpc.aio.AioRpcError):
                 await served.generation.Generate(request(), timeout=0.2)
+            await until(lambda: served.engine.aborted)  # the server has seen the end of it, too
             served.engine.hold.set()
 
     run(test)
