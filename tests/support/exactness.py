@@ -40,7 +40,7 @@ from salver.server.engine.runner import ModelRunner
 
 CPU = torch.device("cpu")
 BLOCKS, BLOCK_SIZE, CONTEXT = 120, 16, 256
-NATIVE_MODES = ("float32", "bfloat16", "int8")
+NATIVE_MODES = ("float32", "bfloat16", "int8", "int4")
 
 
 def runner_of(checkpoint: Path, mode: str, library: Library | None) -> ModelRunner:

@@ -16,6 +16,7 @@ from .spec import Cat, ModelSpec, Source, Stack, names_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _PANEL, _LANES = 32, 16  # columns of the native kernel's packed panels; see kernels/library.py
+_INT4_BLOCK, _INT4_BYTES = 32, 20  # likewise
 _LAYER = re.compile(r"layers\.\d+\.")
 _EMBEDDINGS = (
     "embed",
@@ -113,7 +114,8 @@ def _ranged(first: str, last: str) -> str:
 class Storage:
     """How a server holds a model's tensors: as they were loaded, or packed by the native kernel.
 
-    `quantization` is "none" or "int8". The kernel packs matrices in panels of 32 columns, keeps norms,
+    `quantization` is "none", "int8" or "int4" (there the head is int8, a table
+    bfloat16). The kernel packs matrices in panels of 32 columns, keeps norms,
     biases and scales in float32, and holds a tied embedding once: as the packed head. Of an encoder it
     packs the linear maps alone, and a tied head as a copy beside the table.
     """
@@ -131,10 +133,13 @@ class Storage:
         if tensor.multiplies or (tensor.module == "embed" and spec.tied_head):
             rows, depth = tensor.shape
             columns = _columns(rows, gated)
-            int8 = self.quantization == "int8"
-            return columns * (depth + BYTES["float32"] if int8 else depth * BYTES[tensor.dtype])
+            if self.quantization == "none":
+                return columns * depth * BYTES[tensor.dtype]
+            if self.quantization == "int4" and tensor.module not in ("embed", "head"):
+                return columns * depth * _INT4_BYTES // _INT4_BLOCK
+            return columns * (depth + BYTES["float32"])
         if tensor.module in ("embed", "positions"):
-            return tensor.nbytes
+            return tensor.size * BYTES["bfloat16"] if self.quantization == "int4" else tensor.nbytes
         size = tensor.size if "norm" in tensor.module else _columns(tensor.size, gated)
         return size * BYTES["float32"]
 

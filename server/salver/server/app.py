@@ -32,7 +32,7 @@ from salver.model.errors import CheckpointError
 from salver.model.generation_config import GenerationConfig
 from salver.model.hyperparameters import hyperparameters
 from salver.model.kernels.build import KernelUnavailable, find_or_build
-from salver.model.precision import default_dtype_name
+from salver.model.precision import default_dtype_name, weights_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.tokenizer import Tokenizer
 from salver.server.admission import Admission
@@ -203,7 +203,7 @@ def _resolve(config: ServerConfig, source: str, flag: str) -> Path:
         elif flag == "MODEL" and config.revision is not None:
             raise StartError(f"--revision {config.revision}: {source} is on the disk and has none")
         dtype = default_dtype_name(config.device) if config.dtype == "auto" else config.dtype
-        return resolve_checkpoint(source, cache, dtype, _say)
+        return resolve_checkpoint(source, cache, weights_dtype_name(dtype, config.quantization), _say)
     except (CatalogError, HubError, CheckpointError) as error:
         raise StartError(str(error)) from error
 

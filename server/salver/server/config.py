@@ -115,9 +115,9 @@ class ServerConfig(SecurityConfig, ObservabilityConfig):
         "auto", "Compute", "type of weights and cache", choices=("auto", "float32", "bfloat16", "float16")
     )
     quantization: str = _flag(
-        "none", "Compute", "int8: weights and what they multiply in 8 bits, by column and by group: smaller "
-        "and faster than bfloat16, some quality lost (docs/performance.md); wants the native kernel",
-        choices=("none", "int8"),
+        "none", "Compute", "int8: weights and what they multiply in 8 bits; int4: weights in 4 bits, by "
+        "blocks of 32, those of a GGUF file as they are: smaller than bfloat16, some quality lost "
+        "(docs/performance.md); wants the native kernel", choices=("none", "int8", "int4"),
     )  # fmt: skip
     numerics: str = _flag(
         "exact", "Compute", "exact: an answer does not depend on what else is in the batch; fast: it may",

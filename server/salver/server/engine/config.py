@@ -16,7 +16,7 @@ class EngineConfig:
     checkpoint: str
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    quantization: str = "none"  # none | int8
+    quantization: str = "none"  # none | int8 | int4
     numerics: str = "exact"  # exact | fast
     kernels: str = "torch"  # auto | native | torch
     kernel_library: str = ""  # the native kernel's path; empty: there is none, for this reason:

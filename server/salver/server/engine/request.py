@@ -226,7 +226,7 @@ class Ready:
     max_num_seqs: int
     max_num_batched_tokens: int
     phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
-    quantization: str = "none"  # of the weights: none | int8
+    quantization: str = "none"  # of the weights: none | int8 | int4
     adapters: tuple[tuple[str, str], ...] = ()  # names and digests
     measured: Measured | None = None
 

@@ -17,6 +17,7 @@ from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
 from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
+from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, Transformer
 from salver.server.engine.config import EngineConfig
@@ -169,7 +170,8 @@ def describe(
 
 def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Transformer:
     try:
-        return load_model(Path(checkpoint), device=device, dtype=dtype, numerics=config.numerics)
+        name = weights_dtype_name(str(dtype).removeprefix("torch."), config.quantization)
+        return load_model(Path(checkpoint), device=device, dtype=DTYPES[name], numerics=config.numerics)
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -226,7 +228,7 @@ def _speculation(
         return None
     drafter: PromptLookup | DraftModel = PromptLookup()
     if draft is not None:
-        dtype, size = draft.dtype, runner.block_size
+        dtype, size = runner.cache.data.dtype, runner.block_size
         try:
             cache = KVCache(draft.spec, num_blocks, size, dtype=dtype, device=draft.device)
         except (MemoryError, RuntimeError) as error:
