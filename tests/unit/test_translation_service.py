@@ -1,4 +1,4 @@
-"""What an encoder-decoder's requests become, and what replies say; with an engine that makes up its tokens."""
+"""What requests to an encoder-decoder become, and what replies say; the engine makes up its tokens."""
 
 from __future__ import annotations
 
