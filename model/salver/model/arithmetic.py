@@ -226,9 +226,11 @@ class Arithmetic:
         """
         spec = self._spec
         if isinstance(spec, ModelSpec) and spec.encoder is not None:
-            attention = 4 * spec.encoder.num_heads * spec.encoder.head_dim * length * spec.encoder.num_layers
+            reads = spec.encoder
+            operations = 2 * self._multiplied(head=False, source=True)
+            operations += 4.0 * reads.num_heads * reads.head_dim * length * reads.num_layers
             weights = sum(self._storage.nbytes(t, spec) for t in self._tensors if t.reads_source)
-            return Cost(2 * self._multiplied(head=False, source=True) + attention, weights / batch)
+            return Cost(operations, weights / batch)
         if isinstance(spec, EncoderSpec):
             head = spec.head is not None and spec.head.reads != "input"
             seen = [

@@ -79,7 +79,7 @@ class Scoring:
             scores += torch.unflatten(self.alibi.bias(positions), -2, scores.shape[-4:-2])[..., None, :]
         if self.distances is not None:
             bias = self.distance_bias(positions, queries).movedim(0, -3)
-            scores += bias.unflatten(-3, scores.shape[-4:-2])
+            scores += torch.unflatten(bias, -3, scores.shape[-4:-2])
         return scores
 
     def weights(self, scores: Tensor) -> Tensor:
