@@ -26,6 +26,7 @@ from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReaso
 from salver.server.engine.scheduler import Schedule
 
 MAX_STEPS = 3000  # of a run; the longest needs a few hundred
+MAX_SOURCE = 24
 
 
 class Broken(AssertionError):
@@ -134,8 +135,10 @@ class Simulation:
         self.count: Counter[str] = Counter()
         self.greedy: set[int] = set()
         self.poisoned: set[int] = set()
+        self.reads_sources = rng.random() < 0.3  # as encoder-decoders do
         self.limits = EngineLimits(
-            num_blocks=rng.randint(20, 34),
+            num_blocks=rng.randint(20, 34) + (MAX_SOURCE // BLOCK if self.reads_sources else 0),
+            max_source_len=MAX_SOURCE if self.reads_sources else 0,
             block_size=BLOCK,
             max_model_len=96,
             max_num_seqs=6,
@@ -167,6 +170,7 @@ class Simulation:
             [rng.randint(0, 1) for _ in range(rng.randint(1, 40))],  # few tokens: prefixes are shared
             rng.randint(1, 30),
             rng.choice([1, 1, 1, 2, 5]),
+            source_token_ids=self._source(),
             stop=frozenset(rng.sample(range(50), rng.randint(0, 3))),
             cache_salt=rng.choice(["", "", "tenant"]),
             priority=rng.randint(-3, 3),
@@ -174,6 +178,12 @@ class Simulation:
             deadline=arrival + rng.uniform(0.05, 3.0) if rng.random() < 0.25 else NO_DEADLINE,
             prompt_top_k=0 if rng.random() < 0.15 else None,
         )
+
+    def _source(self) -> tuple[int, ...]:
+        """Often one that was asked before."""
+        if not self.reads_sources:
+            return ()
+        return (self.rng.randint(0, 1),) * self.rng.choice([1, 4, 7, 16, MAX_SOURCE])
 
     def run(self) -> None:
         """Raises Broken, or whatever the engine raises."""
@@ -235,8 +245,13 @@ class Simulation:
         scheduler, limits = self.engine.core.scheduler, self.limits
         scheduler.check_integrity()
         check(len(scheduler.running) <= limits.max_num_seqs, "too many sequences run")
-        check(self.runner.most_rows <= limits.max_num_batched_tokens, "a step above the token budget")
+        # A source is read whole, in a step of its own kind where it is longer than the budget.
+        most = limits.max_num_batched_tokens + limits.max_source_len
+        check(self.runner.most_rows <= most, "a step above the token budget")
         for sequence in scheduler.unfinished():
+            holds = bool(sequence.cross_table)
+            reads = sequence in scheduler.running and self.reads_sources
+            check(holds == reads, "a source is held by who does not run, or missing to who does")
             call = self.calls[sequence.request.request_id]
             check(not call.ended, f"request {sequence.request.request_id} ended and holds something")
             check(sequence.request.deadline > begin, "a deadline has passed and the request goes on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from faults.simulation import Broken, main, simulate
 
+from salver.server.engine import scheduler
 from salver.server.engine.core import EngineCore, RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.scheduler import Schedule, Scheduler
@@ -14,6 +15,12 @@ def test_nothing_is_lost_in_a_few_hundred_runs() -> None:
     tried = simulate(seed=0, runs=300)
     for what in ("cancels", "crashes", "preemptions", "died twice", "deadline", "memory", "error", "stop"):
         assert tried[what] > 20, f"the runs hardly tried {what}: {tried}"
+
+
+def test_a_source_that_is_kept_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "free_source", lambda sequence, pool: None)
+    with pytest.raises(Broken):
+        simulate(seed=0, runs=300)
 
 
 def test_a_seed_gives_the_same_run_again() -> None:

@@ -1,8 +1,9 @@
 """A runner without a model that keeps the cache's books, and what it answers to a request alone.
 
 It writes each token at its slot and, before it chooses the next one, reads the whole
-sequence back through the block table. So a wrong block, a missed copy or a stale prefix
-changes a token. A token is a function of (tokens so far, seed, sample) and of nothing else.
+sequence back through the block table, its source first, through the other one. So a wrong
+block, a missed copy or a stale prefix changes a token. A token is a function of (source,
+tokens so far, seed, sample) and of nothing else.
 """
 
 from __future__ import annotations
@@ -49,13 +50,19 @@ class BookkeepingRunner:
         self.most_rows = max(self.most_rows, schedule.num_tokens)
         self.rows_computed += schedule.num_tokens
         for item in schedule.scheduled:
+            if item.reads_source:
+                for position, token in enumerate(item.sequence.request.source_token_ids):
+                    self.slots[self.slot(item.sequence.cross_table, position)] = token
+        for item in schedule.scheduled:
             for position, token in enumerate(item.token_ids, item.start):
                 self.slots[self.slot(item.sequence.block_table, position)] = token
         rows = []
         for item in schedule.scheduled:
             sequence = item.sequence
             end = item.start + item.num_tokens
-            read = [self.slots[self.slot(sequence.block_table, p)] for p in range(end)]
+            source = range(sequence.num_source_tokens)
+            read = [self.slots[self.slot(sequence.cross_table, p)] for p in source]
+            read += [self.slots[self.slot(sequence.block_table, p)] for p in range(end)]
             row = RowResult()
             if item.samples:
                 seed, index = sequence.request.sampling.seed, sequence.sample_index
@@ -98,7 +105,7 @@ def request(
 def expected(item: EngineRequest, position: int) -> list[int]:
     """What the fake model gives for a sample of a request that has the engine for itself."""
     index = item.sample_indices[position]
-    tokens = [*item.prompt_token_ids, *item.outputs[position]]
+    tokens = [*item.source_token_ids, *item.prompt_token_ids, *item.outputs[position]]
     output = list(item.outputs[position])
     while len(output) < item.stopping.max_tokens:
         token = next_token(tokens, item.sampling.seed, index)

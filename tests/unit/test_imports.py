@@ -23,7 +23,7 @@ WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
         *("attention_rows", "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts"),
-        *("roofline", "runner", "startup", "worker"),
+        *("roofline", "runner", "source_reader", "startup", "worker"),
     )
 )  # fmt: skip
 PURE = tuple(
@@ -34,6 +34,7 @@ PURE = tuple(
         "errors",
         "sequence",
         "blocks",
+        "cross_cache",
         "drafts",
         "waiting",
         "scheduler",

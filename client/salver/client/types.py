@@ -278,6 +278,7 @@ class GenerationOptions(TypedDict, total=False):
     tokens to return at each position (0: the chosen one alone), `logprob_token_ids` which others.
     `json_schema` (a mapping, or its text), `json_object`, `regex`, `grammar` and `choice` say what the
     text must be; at most one of them. What each option does is said in docs/generation.md.
+    `target_language` and `source_language` are of a translation model (docs/models.md), and of no chat.
     """
 
     temperature: float
@@ -312,6 +313,8 @@ class GenerationOptions(TypedDict, total=False):
     choice: Sequence[str]
     priority: int
     cache_salt: str
+    target_language: str
+    source_language: str
     resume: Resume
     request_id: str
     model: str
@@ -334,6 +337,8 @@ class ScoreOptions(TypedDict, total=False):
 
     top_k: int
     priority: int
+    target_language: str
+    source_language: str
     request_id: str
     model: str
     timeout: float

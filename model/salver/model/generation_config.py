@@ -38,7 +38,8 @@ _NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
 class GenerationConfig:
     """What generation_config.json says; None (or empty) where it says nothing.
 
-    temperature is 0 where it says do_sample: false. `ignored` names what it says and is not implemented.
+    temperature is 0 where it says do_sample: false (or nothing, of an encoder-decoder).
+    `ignored` names what it says and is not implemented.
     """
 
     temperature: float | None = None
@@ -54,15 +55,32 @@ class GenerationConfig:
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def from_directory(cls, path: Path) -> GenerationConfig:
-        """Raises CheckpointError, naming the file and the field that cannot be."""
+    def from_directory(cls, path: Path, *, output_start: int = 0) -> GenerationConfig:
+        """Raises CheckpointError, naming the file and the field that cannot be.
+
+        `output_start`: of an encoder-decoder, with how many tokens its output begins. Its max_length and
+        min_length are limits of the output, its forced tokens are honoured (see `ModelSpec`), it is greedy
+        unless it says otherwise, and where there is no such file config.json stands in, as in transformers.
+        """
         file = path / "generation_config.json"
+        if output_start and not file.is_file():
+            file = path / "config.json"
         reader = _Reader(file, read_json(file))
         temperature = reader.number("temperature", 0.0)
-        if reader.values.get("do_sample") is False:
+        if reader.values.get("do_sample") is False or (output_start and not reader.values.get("do_sample")):
             temperature = 0.0
         bad = reader.sequences("bad_words_ids") + tuple((i,) for i in reader.token_ids("suppress_tokens"))
         eos = reader.token_ids("eos_token_id")
+        max_tokens = reader.count("max_new_tokens", 1)
+        min_tokens = reader.count("min_new_tokens")
+        honoured: tuple[str, ...] = ()
+        if output_start:
+            honoured = ("forced_bos_token_id", "forced_eos_token_id", "max_length", "min_length")
+            longest, shortest = reader.count("max_length", 1 + output_start), reader.count("min_length")
+            if max_tokens is None and longest is not None:
+                max_tokens = longest - output_start
+            if min_tokens is None and shortest:
+                min_tokens = max(0, shortest - output_start)
         return cls(
             temperature=temperature,
             top_k=reader.count("top_k"),
@@ -71,14 +89,16 @@ class GenerationConfig:
             typical_p=reader.number("typical_p", 0.0, 1.0, open_low=True),
             repetition_penalty=reader.number("repetition_penalty", 0.0, open_low=True),
             no_repeat_ngram_size=reader.count("no_repeat_ngram_size"),
-            max_tokens=reader.count("max_new_tokens", 1),
-            min_tokens=reader.count("min_new_tokens"),
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
             # As in transformers: what is only an end of sequence stays possible.
             bad_token_sequences=tuple(word for word in bad if not (len(word) == 1 and word[0] in eos)),
             ignored=tuple(
                 name
                 for name, neutral in _NOT_IMPLEMENTED.items()
-                if (value := reader.values.get(name)) is not None and value not in neutral
+                if (value := reader.values.get(name)) is not None
+                and value not in neutral
+                and name not in honoured
             ),
         )
 

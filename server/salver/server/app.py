@@ -228,11 +228,15 @@ def load_front(checkpoint: Path) -> _Loaded:
     """What the front needs of the checkpoint, torch-free. Raises StartError."""
     fields = FieldsRead()
     try:
+        spec = read_any_spec(checkpoint, fields)
+        output_start = 0
+        if isinstance(spec, ModelSpec) and spec.encoder is not None:
+            output_start = len(spec.output_start) or 1
         return _Loaded(
-            read_any_spec(checkpoint, fields),
+            spec,
             Tokenizer.from_directory(checkpoint),
             ChatTemplate.from_directory(checkpoint),
-            GenerationConfig.from_directory(checkpoint),
+            GenerationConfig.from_directory(checkpoint, output_start=output_start),
             checkpoint,
             read_embedding_spec(checkpoint),
             fields,

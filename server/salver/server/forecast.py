@@ -122,7 +122,7 @@ class Forecast:
         entry.foretold = foretold
         self._entries[request.request_id] = entry
         insort(self._waiting, (entry.key, entry), key=_key_of)
-        self._prompt.add(len(request.prompt_token_ids))
+        self._prompt.add(request.num_input_tokens)
 
     def started(self, request_id: int) -> None:
         """The engine began to compute it."""
@@ -139,7 +139,7 @@ class Forecast:
             return
         if num_tokens := len(output.token_ids):
             if not entry.tokens[output.sample_index]:
-                self._computed.add(1 - output.num_cached_tokens / len(entry.request.prompt_token_ids))
+                self._computed.add(1 - output.num_cached_tokens / entry.request.num_input_tokens)
             self._pace += FORGETTING * (num_tokens - self._pace)
             entry.prefill = 0.0
             entry.tokens[output.sample_index] += num_tokens
@@ -229,7 +229,7 @@ class Forecast:
             index: len(output) for index, output in zip(request.sample_indices, request.outputs, strict=True)
         }
         resumed = max(tokens.values(), default=0)
-        length = len(request.prompt_token_ids)
+        length = request.num_input_tokens
         output = self._output(request, resumed)
         return _Entry(
             request=request,
@@ -265,7 +265,7 @@ class Forecast:
             left = max(0.0, (entry.deadline - now) / line.slowest)
             for so_far in entry.tokens.values():
                 output = self._output(request, so_far)
-                tokens = len(request.prompt_token_ids) + so_far + output + self.block_size
+                tokens = request.num_input_tokens + so_far + output + self.block_size
                 line.ends.append((min(output / self._pace, left), tokens))
                 line.held += tokens
         heapq.heapify(line.ends)

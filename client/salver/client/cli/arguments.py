@@ -46,6 +46,8 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="the text to go on from; - reads it from standard input")
     _sampling(generate)
     generate.add_argument("-n", type=int, help="so many samples (prints them when all are done)")
+    generate.add_argument("--target-language", metavar="CODE", help="translate into it (fr, fr_XX, fra_Latn)")
+    generate.add_argument("--source-language", metavar="CODE", help="of the text to translate")
 
     talk = _command(subparsers, "chat", chat.chat, "talk with a model; interactive without MESSAGE")
     talk.add_argument(

@@ -14,6 +14,9 @@ def generate(options: argparse.Namespace) -> None:
     from salver.client.cli.arguments import generation_options
 
     given = generation_options(options)
+    for name in ("target_language", "source_language"):
+        if getattr(options, name) is not None:
+            given[name] = getattr(options, name)
     prompt = read_text(options.prompt)
     with connect(options) as client:
         if options.json or given.get("n", 1) > 1:

@@ -73,6 +73,7 @@ class EngineLimits:
     tokens_for_one: int = 0  # that a step computes in about the time of one; see `scheduler`
     priority_interval: float = 1.0
     rope_context: tuple[int, str] = (0, "")  # as in ModelSpec
+    max_source_len: int = 0  # of an encoder-decoder's sources; 0: there is no encoder
     enable_prefix_caching: bool = True
     check_integrity: bool = False
 
@@ -167,7 +168,7 @@ class EngineCore:
             self.steps += 1
             stats = StepStats(
                 schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration,
-                sum(item.num_tokens - len(item.draft) - 1 for item in schedule.scheduled),
+                sum(i.num_tokens - len(i.draft) - 1 + i.num_source_tokens for i in schedule.scheduled),
             )  # fmt: skip
         if self.limits.check_integrity:
             self.scheduler.check_integrity()
@@ -207,13 +208,19 @@ class EngineCore:
         prompt, output = len(request.prompt_token_ids), max(map(len, request.outputs), default=0)
         total = prompt + max(request.stopping.max_tokens, output)
         whole = request.encoding is not None and request.encoding.whole
+        source = len(request.source_token_ids)
+        needed = 0 if whole else self.pool.blocks_for(total) + self.pool.blocks_for(source)
         if prompt == 0:
             return "the prompt is empty"
+        if (source == 0) != (self.limits.max_source_len == 0):
+            return "there is no encoder for the source" if source else "the source is empty"
+        if source > self.limits.max_source_len:
+            return f"{source} tokens are more than the encoder reads ({self.limits.max_source_len})"
         if total > self.limits.max_model_len:
             return f"{total} tokens are more than the context of {self.limits.max_model_len}"
-        if not whole and self.pool.blocks_for(total) > self.pool.num_blocks - 1:
+        if needed > self.pool.num_blocks - 1:
             held = (self.pool.num_blocks - 1) * self.pool.block_size
-            return f"{total} tokens are more than the cache holds ({held})"
+            return f"{total + source} tokens are more than the cache holds ({held})"
         return ""
 
     def _take(self, item: Scheduled, row: RowResult, now: float) -> None:

@@ -51,6 +51,10 @@ def start_any_engine(
         raise StartError(str(error)) from error
     if isinstance(spec, EncoderSpec):
         return start_encoder(config, spec, page, phases, begin)
+    if spec.encoder is not None and config.dtype == "auto" and find_device(config).type == "cpu":
+        # A source is read once: that can be exact. In torch only float32 promises the same tokens in any
+        # company, and translation is short enough for it in the kernel too.
+        config = replace(config, dtype="float32")
     return start_engine(config, page, phases, begin)
 
 

@@ -64,6 +64,7 @@ class StoppingParams:
     max_tokens: int
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    forced_eos_token_id: int | None = None  # is chosen where an output reaches max_tokens
 
 
 class Readout(enum.Enum):
@@ -114,7 +115,7 @@ class EngineRequest:
     """
 
     request_id: int
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]  # of an encoder-decoder, what its output begins with
     sampling: SamplingParams
     stopping: StoppingParams
     sample_indices: tuple[int, ...] = (0,)
@@ -131,7 +132,14 @@ class EngineRequest:
     weight: float = 1.0
     encoding: EncodingParams | None = None
     adapter: str = ""  # the name of the LoRA adapter that is asked; empty: the model itself
+    source_token_ids: tuple[int, ...] = ()  # what an encoder-decoder's encoder reads
+    num_start_tokens: int = 0  # of the prompt, that came with no text but from the checkpoint
     grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens of its texts: the source's, and the prompt's without what the checkpoint begins it with."""
+        return len(self.source_token_ids) + len(self.prompt_token_ids) - self.num_start_tokens
 
 
 @dataclass(frozen=True, slots=True)

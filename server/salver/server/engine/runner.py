@@ -22,6 +22,7 @@ from salver.server.engine.readouts import Dense, distribution_arrays, read_state
 from salver.server.engine.request import EncodingParams, EngineRequest, Logprobs, Readout
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
+from salver.server.engine.source_reader import SourceReader
 
 # Prompt log-probabilities need the logits of every position: so many rows at a time.
 LOGPROB_ROWS = 64
@@ -41,8 +42,9 @@ class ModelRunner:
         dense: Dense | None = None,
         grammars: Grammars | None = None,
         adapters: AdapterSet | None = None,
+        sources: SourceReader | None = None,
     ) -> None:
-        """Without `grammars` or `adapters`, no request may have one."""
+        """Without `grammars` or `adapters`, no request may have one; `sources` of an encoder-decoder."""
         self.model = model
         self.cache = cache
         self._dense = dense
@@ -52,6 +54,7 @@ class ModelRunner:
         self._on_progress = on_progress
         self.grammars = grammars
         self.adapters = adapters
+        self._sources = sources
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
@@ -86,6 +89,9 @@ class ModelRunner:
                 rows.take(layer, query, key, scoring)
 
         model_begin = time.perf_counter()
+        if self._sources is not None:
+            self._sources.read(schedule.scheduled)
+            self._sources.attach(batch.attention, schedule.scheduled)
         hidden = self.model(
             batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress,
             on_attention=observe if observed else None,
@@ -208,6 +214,8 @@ class ModelRunner:
         """Seconds of a step in which so many sequences choose a token, all in the null block."""
         parts = [Part([0], 0, [0]) for _ in range(num_sequences)]
         batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)
+        if self._sources is not None:
+            self._sources.attach_nothing(batch.attention)
         begin = time.perf_counter()
         hidden = self.model(
             batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress
@@ -217,7 +225,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def measure_prefill(self, num_tokens: int) -> float:
-        """Tokens a second of a prompt this long, all in the null block; also warms the kernels up."""
+        """Tokens a second of a prompt this long, all in the null block; also warms the kernels up.
+
+        Of an encoder-decoder with more than one, of a source.
+        """
+        if self._sources is not None and num_tokens > 1:
+            return num_tokens / self._sources.measure(num_tokens)
         attention = AttentionBatch(
             cu_seqlens_q=[0, num_tokens],
             seq_lens=[num_tokens],
@@ -226,6 +239,8 @@ class ModelRunner:
             ),
             slot_mapping=torch.arange(num_tokens, device=self.device) % self.block_size,
         )
+        if self._sources is not None:
+            self._sources.attach_nothing(attention)
         token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         positions = torch.arange(num_tokens, device=self.device)
         begin = time.perf_counter()
@@ -272,7 +287,9 @@ def sampling_rows(
     output = [*sequence.token_ids[sequence.num_prompt_tokens :], *draft]
     first = sequence.num_output_tokens
     return [
-        SamplingRow(
+        _forced(stopping.forced_eos_token_id, sequence, output[:length])
+        if stopping.forced_eos_token_id is not None and sequence.end_is_forced(length)
+        else SamplingRow(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -296,6 +313,26 @@ def sampling_rows(
         )
         for length in range(first, len(output) + 1)
     ]
+
+
+def _forced(token_id: int, sequence: Sequence, output: list[int]) -> SamplingRow:
+    """Nothing but this token can be chosen."""
+    sampling = sequence.request.sampling
+    return SamplingRow(
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        logit_bias=(),
+        seed=sampling.seed,
+        sample_index=sequence.sample_index,
+        prompt_token_ids=(),
+        output_token_ids=output,
+        allowed_token_ids=(token_id,),
+    )
 
 
 def agreed(chosen: list[int], draft: tuple[int, ...]) -> list[int]:

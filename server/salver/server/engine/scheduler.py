@@ -28,6 +28,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from salver.server.engine.blocks import BlockPool
+from salver.server.engine.cross_cache import (
+    cached_source,
+    free_source,
+    share_source,
+    source_was_read,
+    take_source,
+)
 from salver.server.engine.drafts import Speculation
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
 from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus, order_key
@@ -49,6 +56,12 @@ class Scheduled:
     start: int
     num_tokens: int
     draft: tuple[int, ...] = ()
+    reads_source: bool = False  # before them, the encoder reads all of the sequence's source
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Of the source, if it is read in this step."""
+        return self.sequence.num_source_tokens if self.reads_source else 0
 
     @property
     def samples(self) -> bool:
@@ -72,7 +85,7 @@ class Schedule:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
+        return sum(item.num_tokens + item.num_source_tokens for item in self.scheduled)
 
 
 class Scheduler:
@@ -201,6 +214,8 @@ class Scheduler:
         there: their slots are written again, and blocks taken for them alone go back.
         """
         sequence = item.sequence
+        if item.reads_source:
+            source_was_read(sequence, self.pool)
         sequence.num_computed_tokens = item.start + item.num_tokens - len(item.draft) + num_accepted
         size = self.pool.block_size
         if item.draft:
@@ -222,7 +237,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every block is free, cached or owned exactly once per owner."""
-        self.pool.check_integrity(s.block_table for s in self.unfinished())
+        self.pool.check_integrity(
+            table for s in self.unfinished() for table in (s.block_table, s.cross_table)
+        )
 
     # --- inside ------------------------------------------------------------------------
 
@@ -272,6 +289,7 @@ class Scheduler:
         if self.speculation is not None:
             self.speculation.forget(sequence)
         self.pool.free(sequence.block_table)
+        free_source(sequence, self.pool)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
@@ -330,21 +348,26 @@ class Scheduler:
                 sequence.first_scheduled = now
                 schedule.started.append(sequence)
                 # Once: what a preemption makes it compute again was not the tenant's wish.
-                self._waiting.charge(sequence, sequence.num_tokens - sequence.num_computed_tokens)
+                unread = 0 if sequence.source_read else sequence.num_source_tokens
+                new = sequence.num_tokens - sequence.num_computed_tokens + unread
+                self._waiting.charge(sequence, new)
             insort(self.running, sequence, key=lambda s: s.key)
             start = sequence.num_computed_tokens
-            num_tokens = sequence.num_tokens - start
+            item = Scheduled(sequence, start, sequence.num_tokens - start)
+            item.reads_source = bool(sequence.cross_table) and not sequence.source_read
+            budget -= item.num_source_tokens
             if not sequence.whole:
-                num_tokens = min(num_tokens, budget)
-            schedule.scheduled.append(Scheduled(sequence, start, num_tokens))
-            budget -= num_tokens
+                item.num_tokens = min(item.num_tokens, max(1, budget))
+            schedule.scheduled.append(item)
+            budget -= item.num_tokens
 
     @staticmethod
     def _has_room(sequence: Sequence, schedule: Schedule, budget: int) -> bool:
-        """Whether this step takes the sequence: of whole ones, those that fit, and always a first one."""
-        if not sequence.whole or sequence.num_tokens <= budget:
+        """Whether this step takes the sequence: of whole ones and sources, those that fit, always a first."""
+        uncut = sequence.num_tokens if sequence.whole else sequence.num_source_tokens
+        if uncut <= budget:
             return True
-        return not any(item.sequence.whole for item in schedule.scheduled)
+        return not any(item.sequence.whole or item.reads_source for item in schedule.scheduled)
 
     def _schedule_drafts(self, schedule: Schedule, speculation: Speculation) -> None:
         """Adds drafts to what samples in this step, out of the budget and the blocks that nobody wants."""
@@ -382,17 +405,24 @@ class Scheduler:
             # A full hit still computes the last token: its logits are what is wanted.
             hits = self.pool.lookup(sequence.digests(self.pool.block_size, sequence.num_tokens - 1))
         missing = self.pool.blocks_for(sequence.num_tokens) - len(hits)
-        left = self.pool.num_free - self.pool.num_free_among(hits) - missing
+        source = cached_source(sequence, self.pool) if sequence.num_source_tokens else []
+        unread = 0 if source else self.pool.blocks_for(sequence.num_source_tokens)
+        left = self.pool.num_free - self.pool.num_free_among(hits + source) - missing - unread
         if left < len(self.running):
             return False
         self.pool.share(hits)
+        if sequence.num_source_tokens:
+            take_source(sequence, self.pool, source)
         sequence.block_table = hits + self.pool.allocate(missing)
         sequence.num_computed_tokens = len(hits) * self.pool.block_size
         sequence.num_registered_blocks = len(hits)
-        if sequence.first_scheduled is None and sequence.reads_prefix_cache:
+        if sequence.first_scheduled is None and (sequence.reads_prefix_cache or sequence.num_source_tokens):
             cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            looked_up = sequence.num_prompt_tokens
+            if sequence.num_source_tokens:  # what an output begins with is too short to be found
+                cached, looked_up = (sequence.num_source_tokens if source else 0), sequence.num_source_tokens
             sequence.num_cached_tokens = cached
-            self.prefix_queries += sequence.num_prompt_tokens
+            self.prefix_queries += looked_up
             self.prefix_hits += cached
         return True
 
@@ -420,6 +450,7 @@ class Scheduler:
             if has_part:
                 self._copies.append((leader.block_table[len(shared)], fresh[0]))
             follower.block_table = shared + fresh
+            share_source(leader, follower, self.pool)
             follower.num_computed_tokens = shared_tokens
             follower.num_registered_blocks = len(shared)
             follower.num_cached_tokens = leader.num_cached_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -19,7 +20,7 @@ from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
 from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
-from salver.model.transformer import Decoder, Transformer
+from salver.model.transformer import Decoder, SourceDecoder, Transformer
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.draft_model import DraftModel
@@ -28,6 +29,7 @@ from salver.server.engine.grammar import Grammars, load_vocabulary
 from salver.server.engine.request import Measured, Ready
 from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.runner import ModelRunner
+from salver.server.engine.source_reader import SourceReader
 from salver.server.engine.status_page import StatusPage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +59,7 @@ def start_engine(
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     model = _load(config, config.checkpoint, device, dtype)
     spec, loaded = model.spec, model.loaded
+    _refuse_flags(config, spec)
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
     timer.done("load weights")
     max_model_len = _max_model_len(config, spec)
@@ -88,6 +91,9 @@ def start_engine(
         dense=load_dense(config, spec.hidden_size),
         grammars=grammars,
         adapters=adapters,
+        sources=None
+        if spec.encoder is None
+        else SourceReader(cast(SourceDecoder, decoder), cache, row_multiple=multiple, on_progress=page.bump),
     )
     speed, one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
@@ -113,6 +119,7 @@ def start_engine(
         tokens_for_one=max(1, int(speed / one)),
         priority_interval=config.priority_interval,
         rope_context=spec.rope_context,
+        max_source_len=0 if spec.encoder is None else spec.encoder.max_input_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         check_integrity=config.check_integrity,
     )
@@ -176,6 +183,16 @@ def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: to
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
+
+
+def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
+    """What is not implemented for encoder-decoders. Raises StartError."""
+    if spec.encoder is None:
+        return
+    if config.adapters:
+        raise StartError(f"--adapter: not implemented for encoder-decoders ({spec.architecture})")
+    if config.speculation == "draft":
+        raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
 
 
 def _adapters(config: EngineConfig, model: Transformer, multiple: int) -> AdapterSet | None:
@@ -328,7 +345,8 @@ def _num_blocks(
 ) -> int:
     """Blocks that fit in the cache's memory, the null block among them; unasked, no more than can be used."""
     per_block = KVCache.bytes_per_block(spec, block_size, dtype)
-    whole_context = (-(-max_model_len // block_size) + 1) * per_block
+    source = 0 if spec.encoder is None else -(-spec.encoder.max_input_tokens // block_size)
+    whole_context = (-(-max_model_len // block_size) + 1 + source) * per_block
     most = max_num_seqs * whole_context
     if config.kv_cache_memory is not None:
         memory = config.kv_cache_memory

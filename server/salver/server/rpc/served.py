@@ -111,6 +111,16 @@ class ServedModel:
         return self.spec if isinstance(self.spec, EncoderSpec) else None
 
     @property
+    def source(self) -> EncoderSpec | None:
+        """The encoder of an encoder-decoder, which reads the source; None of all others."""
+        return self.spec.encoder if isinstance(self.spec, ModelSpec) else None
+
+    @property
+    def forced_eos_token_id(self) -> int | None:
+        """What the checkpoint ends an output with that reaches its limit."""
+        return self.spec.forced_eos_token_id if isinstance(self.spec, ModelSpec) else None
+
+    @property
     def num_layers(self) -> int:
         """Of attention; a layer that is computed several times counts as often."""
         if self.spec is None:
@@ -127,7 +137,8 @@ class ServedModel:
         """What this checkpoint can be asked; a ranker is a classifier of one label."""
         if self.encoder is None:
             chat = () if self.chat_template is None else (Task.CHAT,)
-            return (Task.GENERATE, *chat, Task.SCORE, Task.EMBED)
+            embed = (Task.EMBED,) if self.source is None else ()
+            return (Task.GENERATE, *chat, Task.SCORE, *embed)
         head = self.encoder.head
         if head is None:
             return (Task.EMBED,)

@@ -40,7 +40,7 @@ class Submissions:
         request = replace(
             request, tenant=tenant.name, weight=tenant.weight, cache_salt=tenant.salted(request.cache_salt)
         )
-        phases = RequestPhases(request.arrival, len(request.prompt_token_ids))
+        phases = RequestPhases(request.arrival, request.num_input_tokens)
         if self._call is not None:
             self._call.requests.append(phases)
         observed = ObservedSink(request, sink, self._metrics, self._permit, tenant, phases)
@@ -85,7 +85,7 @@ class ObservedSink:
         self._metrics = metrics
         self._permit = permit
         self._tenant = tenant
-        self._phases = phases or RequestPhases(request.arrival, len(request.prompt_token_ids))
+        self._phases = phases or RequestPhases(request.arrival, request.num_input_tokens)
         self._started = False
         self._seen_tokens = getattr(sink, "completion_tokens", 0)
         self._last_tokens: dict[int, float] = {}
@@ -95,10 +95,10 @@ class ObservedSink:
         if not self._started:
             self._started = True
             self._phases.started = self._phases.arrival + seconds
-            self._permit.started(len(self._request.prompt_token_ids), len(self._request.sample_indices))
-            self._metrics.prompt_started(len(self._request.prompt_token_ids))
+            self._permit.started(self._request.num_input_tokens, len(self._request.sample_indices))
+            self._metrics.prompt_started(self._request.num_input_tokens)
             self._permit.forecast.started(self._request.request_id)
-            self._tenant.allowance.take(len(self._request.prompt_token_ids))
+            self._tenant.allowance.take(self._request.num_input_tokens)
         self._sink.started(seconds)
 
     def put(self, output: SequenceOutput) -> None:
