@@ -23,12 +23,13 @@ WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
         *("attention_rows", "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts"),
-        *("roofline", "runner", "source_reader", "startup", "worker"),
+        *("roofline", "runner", "source_reader", "startup", "updates", "worker"),
     )
 )  # fmt: skip
 PURE = tuple(
     f"{ENGINE}.{name}"
     for name in (
+        "changes",
         "request",
         "config",
         "errors",

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from salver.client.cli import card, chat, commands, deploy_check, encoding, inspection
+from salver.client.cli import admin, card, chat, commands, deploy_check, encoding, inspection
 from salver.client.cli.connection import add_connection_flags
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
@@ -80,6 +80,8 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     health.add_argument("service", nargs="?", default="", help="readiness, liveness or a service's full name")
     health.add_argument("--wait", type=float, metavar="SECONDS", help="wait so long for SERVING")
 
+    _admin_commands(subparsers)
+
     check = _command(
         subparsers, "deploy-check", deploy_check.deploy_check, "look at a deployment as its clients see it"
     )
@@ -137,6 +139,18 @@ def _encoding_commands(subparsers: Any) -> None:
         )
 
 
+def _admin_commands(subparsers: Any) -> None:
+    adapters = subparsers.add_parser("adapters", help="load, unload and list LoRA adapters (admin port)")
+    actions = adapters.add_subparsers(title="actions", metavar="ACTION", required=True)
+    load = _command(actions, "load", admin.load_adapter, "serve an adapter, or another version", admin=True)
+    load.add_argument("name", help="that requests use")
+    load.add_argument("directory", nargs="?", default="", help="under --adapter-root (default: NAME)")
+    unload = _command(actions, "unload", admin.unload_adapter, "serve an adapter no more", admin=True)
+    unload.add_argument("name")
+    unload.add_argument("--abort", action="store_true", help="end its calls, in place of waiting for them")
+    _command(actions, "list", admin.list_adapters, "what is loaded, and who uses it", admin=True)
+
+
 def _inspection_commands(subparsers: Any) -> None:
     flags = [entry for entry in _SAMPLING if entry[0] not in _OF_WHOLE_ANSWERS]
     names = (*(flag[2:].replace("-", "_") for flag, _, _ in flags), "bad_words", "allowed_words", "timeout")
@@ -164,12 +178,12 @@ def _inspection_commands(subparsers: Any) -> None:
     )
 
 
-def _command(subparsers: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+def _command(subparsers: Any, name: str, run: Any, text: str, admin: bool = False) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name, help=text, description=text[0].upper() + text[1:]
     )
     parser.set_defaults(run=run)
-    add_connection_flags(parser)
+    add_connection_flags(parser, admin)
     parser.add_argument("--timeout", type=float, help="seconds")
     parser.add_argument("--json", action="store_true", help="print JSON, for other programs")
     return parser

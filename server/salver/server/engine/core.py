@@ -112,7 +112,7 @@ class EngineCore:
         )
         self.steps = 0
         self.generated_tokens = 0
-        self._runner = runner
+        self.runner = runner
         self._clock = clock
         self._pending = _Pending()
         self._started: set[int] = set()  # unfinished requests whose start was told
@@ -188,7 +188,7 @@ class EngineCore:
         not come after a part that has written into them, so they go with the first part that works.
         """
         try:
-            return self._runner.execute(schedule)
+            return self.runner.execute(schedule)
         except OutOfMemory as error:
             reason = str(error)
         # Out of the except block: its traceback would hold the failed step's tensors.

@@ -116,6 +116,9 @@ def _refuse_flags(config: EngineConfig) -> None:
         raise StartError(f"--quantization {config.quantization}: not implemented for encoders")
     if config.kv_cache_memory is not None:
         raise StartError("--kv-cache-memory: an encoder has no key-value cache")
+    if config.adapters or config.more_adapters:
+        flag = "--adapter" if config.adapters else "--adapter-root"
+        raise StartError(f"{flag}: not implemented for encoders")
     if config.speculation == "draft":
         raise StartError("--speculative-model: an encoder generates nothing")
 

@@ -11,6 +11,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from salver.server.engine.changes import AdapterFacts
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -131,7 +133,7 @@ class EngineRequest:
     tenant: str = ""  # whose it is; tenants share the engine by their weights
     weight: float = 1.0
     encoding: EncodingParams | None = None
-    adapter: str = ""  # the name of the LoRA adapter that is asked; empty: the model itself
+    adapter: str = ""  # the key of the LoRA adapter that is asked (see `changes`); empty: the model itself
     source_token_ids: tuple[int, ...] = ()  # what an encoder-decoder's encoder reads
     num_start_tokens: int = 0  # of the prompt, that came with no text but from the checkpoint
     grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
@@ -235,7 +237,8 @@ class Ready:
     max_num_batched_tokens: int
     phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
     quantization: str = "none"  # of the weights: none | int8 | int4
-    adapters: tuple[tuple[str, str], ...] = ()  # names and digests
+    adapters: tuple[AdapterFacts, ...] = ()
+    lost_adapters: tuple[tuple[str, str], ...] = ()  # keys of what the last worker had, and why not this one
     measured: Measured | None = None
 
 

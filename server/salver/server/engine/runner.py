@@ -256,7 +256,7 @@ def within_memory(
     try:
         return compute(schedule)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or "out of memory"
     # Out of the except block, whose traceback holds the failed step's tensors.
@@ -265,7 +265,7 @@ def within_memory(
     raise OutOfMemory(reason)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """torch's CPU allocator has no exception class of its own, only its name in a RuntimeError's text."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 

@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from salver.model.adapters import AdapterSet, load_adapter
+from salver.model.adapters import Adapter, AdapterSet, load_adapter
 from salver.model.cache import KVCache
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
@@ -21,6 +21,7 @@ from salver.model.numerics import default_dtype, numerics_id, row_multiple
 from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, SourceDecoder, Transformer
+from salver.server.engine.changes import AdapterFacts, AdapterSource
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.draft_model import DraftModel
@@ -78,8 +79,8 @@ def start_engine(
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
     model.pad_experts(multiple)
     timer.done("probe numerics")
-    adapters = _adapters(config, model, multiple)
-    if adapters is not None:
+    adapters, lost = load_adapters(config, model, multiple)
+    if config.adapters:
         timer.done("load adapters")
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
     runner = ModelRunner(
@@ -126,7 +127,8 @@ def start_engine(
     ready = describe(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=decoder.num_parameters(), phases=phases, measured=measured,
-        adapters=() if adapters is None else tuple(adapters.digests.items()),
+        adapters=() if adapters is None else tuple(facts_of(*item) for item in adapters.adapters.items()),
+        lost_adapters=lost,
     )  # fmt: skip
     grammars.warm_beside()
     return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
@@ -144,7 +146,8 @@ def describe(
     num_parameters: int,
     phases: list[tuple[str, float]],
     measured: Measured,
-    adapters: tuple[tuple[str, str], ...] = (),
+    adapters: tuple[AdapterFacts, ...] = (),
+    lost_adapters: tuple[tuple[str, str], ...] = (),
 ) -> Ready:
     """What the front is told of a warm engine; `kernels` is "native", or torch and why."""
     return Ready(
@@ -171,6 +174,7 @@ def describe(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         phases=tuple(phases),
         adapters=adapters,
+        lost_adapters=lost_adapters,
         measured=measured,
     )
 
@@ -195,16 +199,37 @@ def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
         raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
 
 
-def _adapters(config: EngineConfig, model: Transformer, multiple: int) -> AdapterSet | None:
-    if not config.adapters:
-        return None
-    loaded = {}
-    for name, directory in config.adapters:
+def facts_of(key: str, adapter: Adapter) -> AdapterFacts:
+    return AdapterFacts(key, adapter.digest, adapter.rank, adapter.num_bytes)
+
+
+def load_adapters(
+    config: EngineConfig, model: Transformer, multiple: int
+) -> tuple[AdapterSet | None, tuple[tuple[str, str], ...]]:
+    """The adapters, and keys of those that were there before and cannot be had again, with the reason.
+
+    Raises StartError for a bad one that was never there.
+    """
+    if not config.adapters and not config.more_adapters:
+        return None, ()
+    loaded, lost = {}, []
+    for source in config.adapters:
         try:
-            loaded[name] = load_adapter(Path(directory), model)
+            loaded[source.key] = read_adapter(source, model)
         except CheckpointError as error:
-            raise StartError(f"--adapter {name}: {error}") from error
-    return AdapterSet(model, loaded, multiple)
+            if not source.digest:
+                name = source.key.rpartition("@")[0]
+                raise StartError(f"--adapter {name}: {error}") from error
+            lost.append((source.key, str(error)))
+    return AdapterSet(model, loaded, multiple), tuple(lost)
+
+
+def read_adapter(source: AdapterSource, model: Transformer) -> Adapter:
+    """Raises CheckpointError: also for other files than its digest is of."""
+    adapter = load_adapter(Path(source.directory), model)
+    if source.digest not in ("", adapter.digest):
+        raise CheckpointError(f"{source.directory}: the files have changed since they were loaded")
+    return adapter
 
 
 def load_dense(config: EngineConfig, hidden_size: int) -> DenseModules | None:

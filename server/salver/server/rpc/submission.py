@@ -43,6 +43,7 @@ class Submissions:
         phases = RequestPhases(request.arrival, request.num_input_tokens)
         if self._call is not None:
             self._call.requests.append(phases)
+            self._call.engine_requests.append(request.request_id)
         observed = ObservedSink(request, sink, self._metrics, self._permit, tenant, phases)
         try:
             self._engine.submit(request, observed)

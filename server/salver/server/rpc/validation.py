@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from salver.server.engine.request import SamplingParams, StoppingParams
+from salver.server.rpc.calls import current_call
 from salver.server.rpc.configuration import CHECKPOINT, Configuration, in_force
 from salver.server.rpc.errors import (
     NUMERICS_MISMATCH,
@@ -87,6 +88,8 @@ def model_named(name: str, model: ServedModel) -> ServedModel:
             f"model {shortened(name)!r} is not served here; {served} is",
             reason="MODEL_NOT_FOUND",
         )
+    if (call := current_call()) is not None:
+        call.adapter = found.adapter
     return found
 
 
