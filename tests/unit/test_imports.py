@@ -36,6 +36,8 @@ PURE = tuple(
         "blocks",
         "drafts",
         "waiting",
+        "beam",
+        "beam_groups",
         "scheduler",
         "core",
         "inline",

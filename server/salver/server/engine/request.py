@@ -66,6 +66,18 @@ class StoppingParams:
     stop_token_ids: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class BeamParams:
+    """Asks for the best answers of a beam search (`beam`) in place of samples.
+
+    A score is divided by (output tokens)^length_penalty. early_stopping: True, False or "never".
+    """
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+
 class Readout(enum.Enum):
     """What is read of a computed input in place of sampled tokens: float32 arrays, n the input's tokens."""
 
@@ -111,6 +123,9 @@ class EngineRequest:
     from before the worker died); usually empty. They count as output for penalties,
     limits and noise positions. A request with `max_tokens` 0 computes its prompt only
     (Score, and everything with `encoding`). Times are of the monotonic clock, which both processes share.
+
+    With `beams` the samples are the answers, sample 0 the best: they come whole, when the search has
+    ended, and begin anew where it is cut (`outputs` are empty).
     """
 
     request_id: int
@@ -132,6 +147,12 @@ class EngineRequest:
     encoding: EncodingParams | None = None
     adapter: str = ""  # the name of the LoRA adapter that is asked; empty: the model itself
     grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
+    beams: BeamParams | None = None
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that it may have in the batch at once."""
+        return len(self.sample_indices) if self.beams is None else self.beams.num_beams
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +194,8 @@ class SequenceOutput:
     timings: SequenceTimings | None = None  # set when it ends
     error: str = ""
     arrays: tuple[NDArray[Any], ...] = ()  # what `encoding` asked for, when it ends
+    score: float | None = None  # of an answer of a beam search
+    computing: bool = False  # nothing to tell yet, but that computing the request goes well
 
 
 @dataclass(slots=True)

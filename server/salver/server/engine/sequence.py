@@ -134,6 +134,16 @@ class Sequence:
         self.position_length, self.positions = self.num_tokens, "long"
         self._digests.clear()
 
+    def follow(self, other: Sequence) -> None:
+        """From now on it is another sequence that has come as far as `other`; blocks come apart."""
+        self.token_ids = list(other.token_ids)
+        self.position_length, self.positions = other.position_length, other.positions
+        self.next_prompt_logprob = other.next_prompt_logprob
+        self.num_cached_tokens = other.num_cached_tokens
+        self.first_scheduled, self.first_token = other.first_scheduled, other.first_token
+        self.last_token, self.steps, self.preemptions = other.last_token, other.steps, other.preemptions
+        self._digests = list(other._digests)
+
     def _root_digest(self) -> bytes:
         salt = self.request.cache_salt
         return root_digest(f"{self.positions}\0{salt}" if self.positions else salt, self.request.adapter)
