@@ -57,6 +57,7 @@ from salver.client.model_card import (
 from salver.client.options import ConnectionOptions
 from salver.client.security import Tls, token_from_file
 from salver.client.types import (
+    BeamParams,
     Candidate,
     ChatOptions,
     Completion,
@@ -91,6 +92,7 @@ __all__ = [
     "AttentionMatrix",
     "AttentionOptions",
     "AttentionUnit",
+    "BeamParams",
     "Cancelled",
     "Candidate",
     "ChatOptions",
