@@ -38,6 +38,8 @@ PURE = tuple(
         "cross_cache",
         "drafts",
         "waiting",
+        "beam",
+        "beam_groups",
         "scheduler",
         "core",
         "inline",

@@ -59,6 +59,7 @@ from salver.client.model_card import (
 from salver.client.options import ConnectionOptions
 from salver.client.security import Tls, token_from_file
 from salver.client.types import (
+    BeamParams,
     Candidate,
     ChatOptions,
     Completion,
@@ -99,6 +100,7 @@ __all__ = [
     "AttentionMatrix",
     "AttentionOptions",
     "AttentionUnit",
+    "BeamParams",
     "Cancelled",
     "Candidate",
     "ChatOptions",

@@ -26,12 +26,12 @@ _NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "guidance_scale": (1.0,),
     "max_length": (20,),
     "min_length": (0,),
-    "num_beams": (1,),
     "penalty_alpha": (0.0,),
     "sequence_bias": ({}, []),
     "stop_strings": ([],),
     "watermarking_config": (),
 }
+MAX_LENGTH_PENALTY = 5.0  # of a beam search, either way: a score of the longest context stays a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,9 @@ class GenerationConfig:
     max_tokens: int | None = None
     min_tokens: int | None = None
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     ignored: tuple[str, ...] = ()
 
     @classmethod
@@ -81,6 +84,13 @@ class GenerationConfig:
                 max_tokens = longest - output_start
             if min_tokens is None and shortest:
                 min_tokens = max(0, shortest - output_start)
+        num_beams, early_stopping = reader.count("num_beams", 1), reader.values.get("early_stopping")
+        searches = num_beams is not None and num_beams > 1
+        draws = searches and reader.values.get("do_sample") is True
+        if searches and not draws:
+            reader.refuse_other_searches()
+        if early_stopping not in (None, True, False, "never"):
+            raise reader.wrong("early_stopping", 'true, false or "never" was expected')
         return cls(
             temperature=temperature,
             top_k=reader.count("top_k"),
@@ -93,7 +103,11 @@ class GenerationConfig:
             min_tokens=min_tokens,
             # As in transformers: what is only an end of sequence stays possible.
             bad_token_sequences=tuple(word for word in bad if not (len(word) == 1 and word[0] in eos)),
-            ignored=tuple(
+            num_beams=None if draws else num_beams,
+            length_penalty=reader.number("length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY),
+            early_stopping=early_stopping,
+            ignored=("num_beams",) * draws
+            + tuple(
                 name
                 for name, neutral in _NOT_IMPLEMENTED.items()
                 if (value := reader.values.get(name)) is not None
@@ -115,9 +129,9 @@ class _Reader:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._wrong(name, "a number was expected")
+            raise self.wrong(name, "a number was expected")
         if value < low or (open_low and value == low) or value > high:
-            raise self._wrong(name, "is out of its range")
+            raise self.wrong(name, "is out of its range")
         return float(value)
 
     def count(self, name: str, least: int = 0) -> int | None:
@@ -125,7 +139,7 @@ class _Reader:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._wrong(name, f"a whole number of at least {least} was expected")
+            raise self.wrong(name, f"a whole number of at least {least} was expected")
         return value
 
     def token_ids(self, name: str) -> tuple[int, ...]:
@@ -134,7 +148,7 @@ class _Reader:
             return ()
         ids = value if isinstance(value, list) else [value]
         if not _are_ids(ids):
-            raise self._wrong(name, "token ids were expected")
+            raise self.wrong(name, "token ids were expected")
         return tuple(ids)
 
     def sequences(self, name: str) -> tuple[tuple[int, ...], ...]:
@@ -142,10 +156,16 @@ class _Reader:
         if value is None:
             return ()
         if not isinstance(value, list) or not all(isinstance(ids, list) and _are_ids(ids) for ids in value):
-            raise self._wrong(name, "lists of token ids were expected")
+            raise self.wrong(name, "lists of token ids were expected")
         return tuple(tuple(ids) for ids in value if ids)
 
-    def _wrong(self, name: str, what: str) -> CheckpointError:
+    def refuse_other_searches(self) -> None:
+        """Of beam searches, the plain one is implemented."""
+        for name in ("num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"):
+            if self.values.get(name) not in (None, 0, 1, []):
+                raise self.wrong(name, "group and constrained beam search are not implemented")
+
+    def wrong(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: {name} is {self.values[name]!r}; {what}")
 
 

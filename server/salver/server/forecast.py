@@ -53,6 +53,11 @@ class _Entry:
     foretold: float | None = None  # seconds from then on, uncorrected
     started: bool = False
 
+    @property
+    def places(self) -> int:
+        """Sequences of the batch that it has or will have."""
+        return len(self.tokens) if self.request.beams is None else self.request.num_places
+
 
 def _key_of(item: tuple[OrderKey, _Entry]) -> OrderKey:
     return item[0]
@@ -140,7 +145,8 @@ class Forecast:
         if num_tokens := len(output.token_ids):
             if not entry.tokens[output.sample_index]:
                 self._computed.add(1 - output.num_cached_tokens / entry.request.num_input_tokens)
-            self._pace += FORGETTING * (num_tokens - self._pace)
+            if entry.request.beams is None:  # the answers of a search come whole
+                self._pace += FORGETTING * (num_tokens - self._pace)
             entry.prefill = 0.0
             entry.tokens[output.sample_index] += num_tokens
             if entry.request.stopping.stop_token_ids:
@@ -205,7 +211,7 @@ class Forecast:
         entry = self._entry(request)
         first = entry.prefill * self.times.prefill + self.times.seconds(1)
         steps = max(0.0, entry.output / self._pace - 1)
-        return Estimate(first, first + steps * self.times.seconds(len(entry.tokens)))
+        return Estimate(first, first + steps * self.times.seconds(entry.places))
 
     def estimate(self, requests: Sequence[EngineRequest]) -> Estimate | None:
         """Of the last of these, which come now together, uncorrected. None while nothing is known."""
@@ -263,7 +269,9 @@ class Forecast:
             request = entry.request
             prefill += entry.prefill
             left = max(0.0, (entry.deadline - now) / line.slowest)
-            for so_far in entry.tokens.values():
+            # A search ends with all its beams, and its answers have no tokens before.
+            so_far_of_each = entry.tokens.values() if request.beams is None else [0] * entry.places
+            for so_far in so_far_of_each:
                 output = self._output(request, so_far)
                 tokens = request.num_input_tokens + so_far + output + self.block_size
                 line.ends.append((min(output / self._pace, left), tokens))
@@ -281,7 +289,7 @@ class Forecast:
         places, cache_tokens, faster = self.places, self.cache_tokens, 1 / self._pace
         at, seconds, held = line.step, line.seconds, line.held
         for entry in entries:
-            count, tokens = len(entry.tokens), entry.cache_tokens
+            count, tokens = entry.places, entry.cache_tokens
             while ends and (len(ends) + count > places or held + count * tokens > cache_tokens):
                 step, freed = pop(ends)
                 held -= freed

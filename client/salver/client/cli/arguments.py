@@ -9,6 +9,7 @@ from typing import Any
 
 from salver.client.cli import admin, card, chat, commands, deploy_check, encoding, inspection
 from salver.client.cli.connection import add_connection_flags
+from salver.client.types import BeamParams
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--temperature", float, "0 is greedy"),
@@ -26,6 +27,8 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--model", str, "the served model, or one of its adapters"),
     ("--priority", int, "-10 to 10, higher is sooner"),
 )
+
+EARLY_STOPPING: dict[str | None, Any] = {"yes": True, "no": False, "never": "never"}
 
 
 # Of these, what does nothing to the distribution of one token.
@@ -48,6 +51,14 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     generate.add_argument("-n", type=int, help="so many samples (prints them when all are done)")
     generate.add_argument("--target-language", metavar="CODE", help="translate into it (fr, fr_XX, fra_Latn)")
     generate.add_argument("--source-language", metavar="CODE", help="of the text to translate")
+    generate.add_argument("--beams", type=int, metavar="K", help="a beam search; -n of its best answers")
+    generate.add_argument(
+        "--length-penalty", type=float, help="of a beam search: above 0 favours long answers (default: 1)"
+    )
+    generate.add_argument(
+        "--early-stopping", choices=("yes", "no", "never"),
+        help="of a beam search that has K answers: end at once, when better ones are unlikely, or impossible",
+    )  # fmt: skip
 
     talk = _command(subparsers, "chat", chat.chat, "talk with a model; interactive without MESSAGE")
     talk.add_argument(
@@ -221,8 +232,13 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
         "timeout",
         "n",
     ]
-    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    given: dict[str, Any] = {
+        name: value for name in names if (value := getattr(options, name, None)) is not None
+    }
     for name in ("json_schema", "grammar"):
         if (path := getattr(options, name, None)) is not None:
             given[name] = Path(path).read_text(encoding="utf-8")
+    beams = [getattr(options, name, None) for name in ("beams", "length_penalty", "early_stopping")]
+    if any(value is not None for value in beams):
+        given["beams"] = BeamParams(beams[0], beams[1], EARLY_STOPPING.get(beams[2]))
     return given

@@ -46,6 +46,7 @@ class CompletionDelta:
     stop_match: StopMatch | None
     text_offset: int
     token_offset: int
+    score: float | None = None  # of an answer of a beam search
 
 
 @dataclass(slots=True)
@@ -337,6 +338,7 @@ class GenerationStream:
                 delta.text += text.finish()
             delta.finish_reason = reason
             delta.stop_match = text.match
+            delta.score = output.score
             sample.finished = True
             sample.timings = output.timings
             self._unfinished -= 1

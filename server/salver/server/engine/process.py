@@ -295,7 +295,8 @@ class EngineProcess:
                 _log.exception("request %d: its output could not be taken", output.request_id)
                 self.abort(output.request_id)
                 entry.sink.fail(RequestFailed("an output could not be taken"))
-            if entry is self._suspect and (output.token_ids or output.finish_reason is not None):
+            goes_well = output.token_ids or output.computing or output.finish_reason is not None
+            if entry is self._suspect and goes_well:
                 self._unproven.discard(output.sample_index)
                 self._release_if_proven()
 

@@ -69,6 +69,18 @@ class StoppingParams:
     forced_eos_token_id: int | None = None  # is chosen where an output reaches max_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class BeamParams:
+    """Asks for the best answers of a beam search (`beam`) in place of samples.
+
+    A score is divided by (output tokens)^length_penalty. early_stopping: True, False or "never".
+    """
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+
 class Readout(enum.Enum):
     """What is read of a computed input in place of sampled tokens: float32 arrays, n the input's tokens."""
 
@@ -114,6 +126,9 @@ class EngineRequest:
     from before the worker died); usually empty. They count as output for penalties,
     limits and noise positions. A request with `max_tokens` 0 computes its prompt only
     (Score, and everything with `encoding`). Times are of the monotonic clock, which both processes share.
+
+    With `beams` the samples are the answers, sample 0 the best: they come whole, when the search has
+    ended, and begin anew where it is cut (`outputs` are empty).
     """
 
     request_id: int
@@ -137,6 +152,12 @@ class EngineRequest:
     source_token_ids: tuple[int, ...] = ()  # what an encoder-decoder's encoder reads
     num_start_tokens: int = 0  # of the prompt, that came with no text but from the checkpoint
     grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
+    beams: BeamParams | None = None
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that it may have in the batch at once."""
+        return len(self.sample_indices) if self.beams is None else self.beams.num_beams
 
     @property
     def num_input_tokens(self) -> int:
@@ -183,6 +204,8 @@ class SequenceOutput:
     timings: SequenceTimings | None = None  # set when it ends
     error: str = ""
     arrays: tuple[NDArray[Any], ...] = ()  # what `encoding` asked for, when it ends
+    score: float | None = None  # of an answer of a beam search
+    computing: bool = False  # nothing to tell yet, but that computing the request goes well
 
 
 @dataclass(slots=True)

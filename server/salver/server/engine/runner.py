@@ -11,10 +11,19 @@ from torch import Tensor
 from salver.model.adapters import AdapterSet
 from salver.model.attention import AttentionBatch, Scoring
 from salver.model.cache import KVCache
-from salver.model.sampling import INVALID, SamplingRow, TokenLogprobs, distributions, sample, token_logprobs
+from salver.model.sampling import (
+    INVALID,
+    SamplingRow,
+    TokenLogprobs,
+    candidates,
+    distributions,
+    sample,
+    token_logprobs,
+)
 from salver.model.transformer import Decoder
 from salver.server.engine.attention_rows import AttentionRows
 from salver.server.engine.batch import Part, build_batch
+from salver.server.engine.beam import Candidate, num_candidates
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.grammar import Grammars, Mask
@@ -97,15 +106,20 @@ class ModelRunner:
             on_attention=observe if observed else None,
         )  # fmt: skip
         sampling = [i for i, item in enumerate(schedule.scheduled) if item.samples]
+        beams = [i for i in sampling if schedule.scheduled[i].sequence.request.beams is not None]
+        sampling = [i for i in sampling if schedule.scheduled[i].sequence.request.beams is None]
         ends = batch.attention.cu_seqlens_q
         rows = [
             row
-            for i in sampling
+            for i in (*sampling, *beams)
             for row in range(ends[i + 1] - 1 - len(schedule.scheduled[i].draft), ends[i + 1])
         ]
         logits = self.logits(hidden, rows)
         model_duration = time.perf_counter() - model_begin
-        self._sample(schedule, sampling, logits, results)
+        num_beams = len(beams)
+        self._sample(schedule, sampling, logits[: len(rows) - num_beams], results)
+        if beams:
+            self._offer(schedule, beams, logits[len(rows) - num_beams :], results)
         for i, (item, first_row) in enumerate(zip(schedule.scheduled, batch.first_rows, strict=True)):
             request = item.sequence.request
             if request.prompt_top_k is not None:
@@ -187,6 +201,29 @@ class ModelRunner:
             told = iter(found)
             for result in asking:
                 result.logprobs = [_logprobs(next(told)) for _ in result.token_ids]
+
+    def _offer(self, schedule: Schedule, beams: list[int], logits: Tensor, results: list[RowResult]) -> None:
+        """Finds what may follow each beam, [len(beams)] rows."""
+        sequences = [schedule.scheduled[i].sequence for i in beams]
+        counts = [num_candidates(s.request.beams, s.request.stopping) for s in sequences if s.request.beams]
+        found = candidates(logits, [sampling_rows(s)[0] for s in sequences], counts)
+        for row, (i, sequence, pairs) in enumerate(zip(beams, sequences, found, strict=True)):
+            request = sequence.request
+            if not _are_numbers(logits[row]):
+                results[i].error = "the model's logits are not numbers"
+            elif request.output_top_k is None:
+                results[i].candidates = [Candidate(token_id, score) for token_id, score in pairs]
+            else:
+                told = token_logprobs(
+                    logits[row].expand(len(pairs), -1),
+                    [token_id for token_id, _ in pairs],
+                    [request.output_top_k] * len(pairs),
+                    [request.logprob_token_ids] * len(pairs),
+                )
+                results[i].candidates = [
+                    Candidate(token_id, score, _logprobs(logprobs))
+                    for (token_id, score), logprobs in zip(pairs, told, strict=True)
+                ]
 
     def _prompt_logprobs(self, item: Scheduled, hidden: Tensor, first_row: int, result: RowResult) -> None:
         """Row p's logits score the token at p + 1; each position is told once, also after a preemption."""

@@ -147,6 +147,16 @@ class Sequence:
         root = root_digest(f"source\0{self.request.cache_salt}", self.request.adapter)
         return block_digest(root, self.request.source_token_ids)
 
+    def follow(self, other: Sequence) -> None:
+        """From now on it is another sequence that has come as far as `other`; blocks come apart."""
+        self.token_ids = list(other.token_ids)
+        self.position_length, self.positions = other.position_length, other.positions
+        self.next_prompt_logprob = other.next_prompt_logprob
+        self.num_cached_tokens = other.num_cached_tokens
+        self.first_scheduled, self.first_token = other.first_scheduled, other.first_token
+        self.last_token, self.steps, self.preemptions = other.last_token, other.steps, other.preemptions
+        self._digests = list(other._digests)
+
     def _root_digest(self) -> bytes:
         if self.request.source_token_ids:  # every token depends on all of it
             return self.source_digest()

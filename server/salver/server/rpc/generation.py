@@ -16,6 +16,7 @@ from salver.server.engine.outputs import CompletionDelta, GenerationStream, Gene
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, Logprobs
 from salver.server.metrics import Metrics
 from salver.server.rpc import convert
+from salver.server.rpc.beams import limits_of_beams
 from salver.server.rpc.configuration import Configuration
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
 from salver.server.rpc.grammar import GrammarCompiler, check_followable, check_structured_output
@@ -309,11 +310,14 @@ def _engine_request(
         raise invalid_argument(
             [Violation("resume.prompt_token_ids", "are not the ids of this request's prompt")]
         )
-    if source is None:
-        max_tokens = room_for(params, len(token_ids), model.limits)
-    else:
+    limits = model.limits
+    if source is not None:
         max_tokens = room_beside(params, source, model)
-    _check_fits(params, len(token_ids), max_tokens, model.limits)
+    else:
+        if params.beams is not None:
+            limits = limits_of_beams(params.beams, len(token_ids), model)
+        max_tokens = room_for(params, len(token_ids), limits)
+    _check_fits(params, len(token_ids), max_tokens, limits)
     seed = params.seed if params.seed is not None else secrets.randbits(_MAX_SEED_BITS) or 1
     indices = tuple(range(params.n))
     return EngineRequest(
@@ -336,6 +340,7 @@ def _engine_request(
         arrival=arrival,
         cache_salt=params.cache_salt,
         adapter=model.adapter,
+        beams=params.beams,
     )
 
 

@@ -57,6 +57,8 @@ class RequestLimits:
     max_word_length: int = 256
     max_allowed_token_ids: int = 4096
     max_logprob_token_ids: int = 128
+    max_beams: int = 32
+    cache_name: str = "key-value cache"  # that cache_tokens are of
 
     @property
     def capacity(self) -> int:

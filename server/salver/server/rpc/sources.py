@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from salver.model.spec import ModelSpec
+from salver.server.engine.beam import beam_capacity
+from salver.server.engine.request import BeamParams
 from salver.server.rpc.configuration import CHECKPOINT
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
 from salver.server.rpc.served import ServedModel
@@ -96,18 +98,20 @@ def check_source_length(num_tokens: int, field: str, model: ServedModel) -> None
         )
 
 
-def output_capacity(source: Source, model: ServedModel) -> int:
+def output_capacity(source: Source, model: ServedModel, beams: BeamParams | None = None) -> int:
     """How many tokens an output, with what it begins with, can have beside its source. At least 0."""
     limits = model.limits
     size = model.ready.block_size
     beside = limits.cache_tokens - -(-len(source.token_ids) // size) * size
+    if beams is not None:
+        beside = beam_capacity(len(source.start), beams.num_beams, beside // size, size)
     return max(0, min(limits.max_model_len, beside))
 
 
 def room_beside(params: GenerationParams, source: Source, model: ServedModel) -> int:
     """How many tokens may be generated. Raises ApiError (OUT_OF_RANGE) where that is less than asked for."""
     check_source_length(len(source.token_ids), "the prompt", model)
-    limits, capacity = model.limits, output_capacity(source, model)
+    limits, capacity = model.limits, output_capacity(source, model, params.beams)
     room = capacity - len(source.start)
     numbers = {
         "prompt_tokens": len(source.token_ids),

@@ -96,7 +96,7 @@ class ObservedSink:
         if not self._started:
             self._started = True
             self._phases.started = self._phases.arrival + seconds
-            self._permit.started(self._request.num_input_tokens, len(self._request.sample_indices))
+            self._permit.started(self._request.num_input_tokens, self._request.num_places)
             self._metrics.prompt_started(self._request.num_input_tokens)
             self._permit.forecast.started(self._request.request_id)
             self._tenant.allowance.take(self._request.num_input_tokens)
@@ -125,6 +125,8 @@ class ObservedSink:
             last, gaps = now, taken - 1
         else:
             gaps = taken
+        if self._request.beams is not None:
+            gaps = 0  # the answers of a search come whole: there was no gap to wait
         for _ in range(gaps):  # several tokens of one output share its gap
             self._metrics.next_token((now - last) / gaps)
         self._last_tokens[output.sample_index] = now
