@@ -1,4 +1,4 @@
-// A step of a decoder: a list of operations, run by all threads together with a barrier between two.
+// A step of a decoder or an encoder: a list of operations, run by all threads together with a barrier between two.
 //
 // Plain C interface, called through ctypes. The threads are OpenMP's, those that torch uses: the
 // caller passes the address of GOMP_parallel, so that one pool of threads exists in the process.
@@ -14,6 +14,7 @@
 #include "gemm.h"
 #include "int4.h"
 #include "simd.h"
+#include "whole.h"
 
 using namespace salver;
 
@@ -21,7 +22,8 @@ namespace {
 
 enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum Kind : std::int32_t {
-    EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7
+    EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7,
+    ADD_SEGMENTS = 8, ROTATE = 9, ATTEND_WHOLE = 10
 };
 
 // A matrix of activations with one row for each row of the step.
@@ -51,9 +53,10 @@ struct Operation {
     std::int32_t layer;
     std::int32_t in, out;      // buffers
     std::int32_t weight;       // of the list of weights, or -1
-    std::int32_t extra;        // EMBED: the weight of learned positions, or -1
+    std::int32_t extra;        // EMBED: the weight of learned positions, or -1; ATTEND_WHOLE: the bias's reach
+    std::int32_t window;       // ROTATE, ATTEND_WHOLE: how far a token sees to either side; 0: everywhere
     std::int32_t epilogue, activation;
-    const float* scale;        // norms
+    const float* scale;        // norms; ATTEND_WHOLE: the bias, or null
     const float* shift;        // LAYER_NORM
     float epsilon;
 };
@@ -108,7 +111,7 @@ private:
 class Dealer {
 public:
     void clear() { next_.store(0, std::memory_order_relaxed); }
-    int take(int pieces = 1) { return next_.fetch_add(pieces, std::memory_order_relaxed); }
+    int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
 private:
     alignas(64) std::atomic<int> next_{0};
@@ -181,9 +184,14 @@ void read_row(const Weight& w, std::int64_t index, float* out, bool add) {
     auto put = [&](int k, float value) { out[k] = add ? out[k] + value : value; };
     const std::int64_t depth = w.depth;
     if (w.panels == 0) {
-        for (int k = 0; k < w.depth; k++)
-            put(k, w.precision == FLOAT ? static_cast<const float*>(w.data)[index * depth + k]
-                                        : to_float(static_cast<const bf16*>(w.data)[index * depth + k]));
+        for (int k = 0; k < w.depth; k += LANES) {
+            const __mmask16 mask = tail_mask(w.depth - k);
+            __m512 x = w.precision == FLOAT
+                ? _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.data) + index * depth + k)
+                : load_bf16(static_cast<const bf16*>(w.data) + index * depth + k, mask);
+            if (add) x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out + k), x);
+            store(out + k, x, mask);
+        }
         return;
     }
     const std::int64_t panel = index / PANEL * PANEL * depth;
@@ -244,7 +252,7 @@ Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
 }
 
 
-using Multiply = void (*)(const Gemm&, int, int);
+using Multiply = void (*)(const Gemm&, int, int, int, int);
 
 Multiply multiply_of(const Weight& w, const Buffer& in) {
     if (w.precision == FLOAT) return multiply<Float>;
@@ -253,12 +261,21 @@ Multiply multiply_of(const Weight& w, const Buffer& in) {
     return in.precision == FLOAT ? multiply<Widened> : multiply<Half>;
 }
 
-void run_product(const Gemm& g, Multiply multiply, int threads, Dealer& dealer) {
+constexpr int NEAR = 1 << 19;  // bytes of the input that stay in a core's own cache while panels pass
+constexpr int SIZES[] = {sizeof(float), sizeof(bf16), sizeof(std::int8_t)};  // by precision
+
+void run_product(const Gemm& g, const Buffer& in, Multiply multiply, int threads, Dealer& dealer) {
+    // All threads are at the same rows, as many as stay near: they pass the panels one after the other.
+    const int tiles = tiles_of(g), tile_bytes = MAX_ROWS * g.depth * SIZES[in.precision];
+    const int blocks = (tiles * std::min(tile_bytes, NEAR / 4) + NEAR - 1) / NEAR;
     // With few rows the weight streams from memory, which likes long runs.
     const int pieces = threads * (g.rows < 8 ? 2 : 8);
     const int run = threads == 1 ? g.panels : std::max(1, g.panels / pieces);
-    for (int begin = dealer.take(run); begin < g.panels; begin = dealer.take(run))
-        multiply(g, begin, std::min(g.panels, begin + run));
+    const int runs = (g.panels + run - 1) / run;
+    for (int mine = dealer.take(); mine < blocks * runs; mine = dealer.take()) {
+        const int block = mine / runs, begin = mine % runs * run;
+        multiply(g, begin, std::min(g.panels, begin + run), tiles * block / blocks, tiles * (block + 1) / blocks);
+    }
 }
 
 struct Team {
@@ -294,6 +311,17 @@ void attend_all(const Program& p, const Step& step, const Operation& op, Dealer&
     }
 }
 
+void attend_whole_all(const Program& p, const Step& step, const Operation& op, Dealer& dealer) {
+    const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
+    const Whole whole{p.cache, step, op.window, op.scale, op.extra, static_cast<const float*>(in.data), in.stride,
+                      out.data, out.stride, out.precision == BF16};
+    thread_local Blocks blocks;
+    const int pieces = step.num_sequences * p.cache.heads;
+    // From the last to the first: the longer inputs stand last.
+    for (int mine = dealer.take(); mine < pieces; mine = dealer.take())
+        attend_whole(whole, blocks, step.num_sequences - 1 - mine / p.cache.heads, mine % p.cache.heads);
+}
+
 void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) {
     const Program& p = team.program;
     const Step& step = team.step;
@@ -322,7 +350,7 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
             const Weight& w = p.weights[op.weight];
             Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias};
             e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
-            run_product(product(w, in, e, step.num_rows), multiply_of(w, in), team.threads, dealer);
+            run_product(product(w, in, e, step.num_rows), in, multiply_of(w, in), team.threads, dealer);
             break;
         }
         case ROTATE_AND_STORE:
@@ -333,6 +361,20 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
                     rotate_and_store<Half>(p.cache, step, op.layer, row, floats(in, row));
                 }
             }
+            break;
+        case ADD_SEGMENTS:
+            for (int row = begin; row < end; row++) read_row(p.weights[op.weight], step.segments[row], floats(out, row), true);
+            break;
+        case ROTATE: {
+            const float *cos = op.window > 0 ? step.local_cos : step.cos, *sin = op.window > 0 ? step.local_sin : step.sin;
+            for (int row = begin; row < end; row++) {
+                const std::ptrdiff_t angles = static_cast<std::ptrdiff_t>(row) * (p.cache.head_dim / 2);
+                rotate(p.cache, cos + angles, sin + angles, floats(in, row));
+            }
+            break;
+        }
+        case ATTEND_WHOLE:
+            attend_whole_all(p, step, op, dealer);
             break;
         case ATTEND:
             if (p.cache_precision == FLOAT) {
@@ -362,6 +404,7 @@ void work(void* argument) {
 
 struct HeadWork {
     Gemm gemm;
+    const Buffer& in;
     Multiply multiply;
     int threads;
     Dealer dealer;
@@ -369,7 +412,7 @@ struct HeadWork {
 
 void work_head(void* argument) {
     HeadWork& head = *static_cast<HeadWork*>(argument);
-    run_product(head.gemm, head.multiply, head.threads, head.dealer);
+    run_product(head.gemm, head.in, head.multiply, head.threads, head.dealer);
 }
 
 struct PackWork {
@@ -459,7 +502,7 @@ void in_parallel(void (*function)(void*), void* argument, int threads) {
 extern "C" {
 
 // Bumped with any change of the structures or of a result's bits.
-std::int32_t salver_version() { return 4; }
+std::int32_t salver_version() { return 5; }
 
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
@@ -470,11 +513,8 @@ void salver_run(const Program* program, const Step* step, std::int32_t threads, 
 
 // float [rows, weight->rows] of rows of a buffer: the head.
 void salver_multiply(const Buffer* in, const Weight* weight, float* out, std::int32_t rows, std::int32_t threads) {
-    HeadWork head{};
     const Epilogue e{Epilogue::STORE, NONE, false, out, weight->rows, weight->rows, weight->bias};
-    head.gemm = product(*weight, *in, e, rows);
-    head.multiply = multiply_of(*weight, *in);
-    head.threads = threads;
+    HeadWork head{product(*weight, *in, e, rows), *in, multiply_of(*weight, *in), threads};
     in_parallel(work_head, &head, threads);
 }
 
