@@ -11,11 +11,17 @@ import pytest
 import torch
 from support import exactness
 from support.seq2seq import VARIANTS, VOCAB, write
-from support.stack import Stack, random_prompts
+from support.stack import CPU, Stack, random_prompts
 
 from salver.model import loader
+from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
 from salver.model.families import FAMILIES
+from salver.model.kernels import build
+from salver.model.kernels.build import KernelUnavailable
+from salver.model.kernels.library import BLOCK_SIZE, Library, Precision
+from salver.model.kernels.seq2seq import NativeSeq2Seq
+from salver.model.loader import load_model
 from salver.model.spec import BucketPositions, ModelSpec, SinusoidalPositions
 
 TOLERANCE = 1e-3
@@ -151,6 +157,48 @@ def test_the_same_tokens_in_any_mix(tmp_path: Path) -> None:
         assert not found, f"mix {seed}, {MIXED[seed % len(MIXED)]}"
     for way in ("chunks", "cached", "preempted", "resumed", "samples", "sampled"):
         assert ways.counts[way] >= 3, str(ways)
+
+
+# What the native kernel takes: heads of 16 values.
+NATIVE = {
+    "Marian paper": {"d_model": 64, "decoder_attention_heads": 4},
+    "Bart scaled": {"d_model": 64, "decoder_attention_heads": 4, "encoder_layers": 3},
+    "Marian own": {"d_model": 64, "decoder_attention_heads": 4},
+    "T5 plain": {"d_kv": 16},
+    "UMT5 plain": {"d_kv": 16, "d_ff": 64},  # torch's GELU rounds what is behind the last 32 values otherwise
+}
+
+
+@pytest.fixture(scope="module")
+def library(cache_dir: Path) -> Library:
+    try:
+        return Library(build.find_or_build(cache_dir))
+    except KernelUnavailable as error:
+        pytest.skip(f"no native kernel here: {error}")
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_native_kernel(name: str, tmp_path: Path, library: Library) -> None:
+    """The same logits, in float32 and about so in bfloat16; the same bits in any mix."""
+    variant = VARIANTS[name]
+    reference = write(tmp_path, replace(variant, config={**variant.config, **NATIVE[name]}))
+    vocab_size = reference.config.decoder_vocab_size if "own" in name else VOCAB
+    for precision, tolerance in ((Precision.FLOAT32, TOLERANCE), (Precision.BFLOAT16, 0.15)):
+        dtype = torch.float32 if precision is Precision.FLOAT32 else torch.bfloat16
+        model = load_model(tmp_path, device=CPU, dtype=dtype)
+        cache = KVCache(model.spec, 200, BLOCK_SIZE, dtype=dtype, device=CPU)
+        stack = Stack.of(NativeSeq2Seq(model, cache, library, precision=precision, threads=1), cache)
+        for length, count in ((3, 40), (41, 9)):
+            (source,), (output,) = texts([length]), texts([count], vocab_size, seed=1)
+            expected = logits(reference, source, output)
+            for chunk in (None, 4, 1):
+                error = (ours(stack, source, output, chunk) - expected).abs()
+                assert float(error.max() if dtype == torch.float32 else error.mean()) < tolerance
+    ways = exactness.Ways()
+    for mode in exactness.NATIVE_MODES:
+        runner = exactness.runner_of(tmp_path, mode, library)
+        for seed in range(3):
+            assert not list(exactness.run_mix(runner, seed, ways, bits=True)), f"mix {seed}, {mode}"
 
 
 def test_every_family_is_here() -> None:

@@ -336,12 +336,14 @@ def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: 
         # Not before it is wanted: a start with torch alone shall not pay for it.
         from salver.model.kernels.library import Library, Precision
         from salver.model.kernels.program import NativeTransformer
+        from salver.model.kernels.seq2seq import NativeSeq2Seq
 
         library = Library(Path(config.kernel_library))
         precision = Precision.FLOAT32 if model.dtype == torch.float32 else Precision.BFLOAT16
         if quantized:
             precision = Precision[config.quantization.upper()]
-        return NativeTransformer(model, cache, library, precision=precision, threads=threads), "native"
+        kind = NativeTransformer if model.encoder is None else NativeSeq2Seq
+        return kind(model, cache, library, precision=precision, threads=threads), "native"
     except KernelUnavailable as error:
         if config.kernels == "native":
             raise StartError(f"--kernels native: {error}") from error
