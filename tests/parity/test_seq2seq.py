@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -23,6 +24,15 @@ from salver.model.kernels.library import BLOCK_SIZE, Library, Precision
 from salver.model.kernels.seq2seq import NativeSeq2Seq
 from salver.model.loader import load_model
 from salver.model.spec import BucketPositions, ModelSpec, SinusoidalPositions
+from salver.server.engine.inline import InlineEngine
+from salver.server.engine.request import (
+    BeamParams,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    SequenceOutput,
+    StoppingParams,
+)
 
 TOLERANCE = 1e-3
 
@@ -157,6 +167,57 @@ def test_the_same_tokens_in_any_mix(tmp_path: Path) -> None:
         assert not found, f"mix {seed}, {MIXED[seed % len(MIXED)]}"
     for way in ("chunks", "cached", "preempted", "resumed", "samples", "sampled"):
         assert ways.counts[way] >= 3, str(ways)
+
+
+class Best(exactness.Answer):
+    """The same sink, and the scores of a beam search."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: list[float | None] = []
+
+    def put(self, output: SequenceOutput) -> None:
+        super().put(output)
+        if output.finish_reason is not None:
+            self.scores.append(output.score)
+
+
+@pytest.mark.parametrize("bos", [None, 7])
+def test_beams_with_forced_tokens(bos: int | None, tmp_path: Path) -> None:
+    """transformers' beams and scores, four beams over one source."""
+    reference = write(tmp_path, VARIANTS["Marian paper"])
+    runner = exactness.runner_of(tmp_path, "float32", None)
+    (source,), ends = texts([20]), [2, 11, 23, 31, 47, 53]
+    ids = torch.tensor([source])
+    start = (3,) if bos is None else (3, bos)
+    found_ends = set()
+    for penalty, early in ((1.0, False), (2.0, "never"), (0.5, True), (-1.0, False)):
+        made = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8 + len(start), num_beams=4,
+            num_return_sequences=4, eos_token_id=ends, forced_eos_token_id=2, forced_bos_token_id=bos,
+            length_penalty=penalty, early_stopping=early, output_scores=True, return_dict_in_generate=True,
+            do_sample=False,
+        )  # fmt: skip
+        request = EngineRequest(
+            1, start, SamplingParams(temperature=0.0),
+            StoppingParams(9, stop_token_ids=frozenset(ends), forced_eos_token_id=2),
+            sample_indices=(0, 1, 2, 3), outputs=((),) * 4, beams=BeamParams(4, penalty, early),
+            source_token_ids=tuple(source), num_start_tokens=len(start),
+        )  # fmt: skip
+        limits = replace(exactness.ROOMY, max_source_len=len(source))
+        engine = InlineEngine(runner, limits, clock=itertools.count().__next__)
+        best = Best()
+        engine.submit(request, best)
+        engine.run()
+        assert engine.core.pool.num_used == 0
+        found_ends |= set(best.finished.values())
+        for index, (row, score) in enumerate(
+            zip(made.sequences[:, len(start) :].tolist(), made.sequences_scores.tolist(), strict=True)
+        ):
+            end = next(place for place, token in enumerate(row) if token in ends)
+            assert best.tokens[index] == row[: end + 1]
+            assert best.scores[index] == pytest.approx(score, abs=1e-4)
+    assert FinishReason.LENGTH in found_ends
 
 
 # What the native kernel takes: heads of 16 values.

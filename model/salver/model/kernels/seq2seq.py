@@ -55,7 +55,7 @@ class NativeSeq2Seq(NativeTransformer):
             bias = model.logit_bias.weight.detach().flatten()
             (model.embed if model.head is None else model.head).bias = nn.Parameter(bias, requires_grad=False)
         tied = model.head is None
-        self._head = self._weight(model.embed if model.head is None else model.head)
+        self._head = self._weight(model.embed if model.head is None else model.head, self.precision.head)
         embed = self._head if tied else self._table(model.embed)
         self._embedding = COperation(kind=Kind.EMBED, in_=RESIDUAL, out=RESIDUAL, weight=embed, extra=-1)
         if not spec.own_embedding:

@@ -209,6 +209,8 @@ class ModelRunner:
         found = candidates(logits, [sampling_rows(s)[0] for s in sequences], counts)
         for row, (i, sequence, pairs) in enumerate(zip(beams, sequences, found, strict=True)):
             request = sequence.request
+            if sequence.end_is_forced(sequence.num_output_tokens):
+                pairs = [(token_id, 0.0) for token_id, _ in pairs]  # as in transformers: it is sure
             if not _are_numbers(logits[row]):
                 results[i].error = "the model's logits are not numbers"
             elif request.output_top_k is None:

@@ -193,8 +193,8 @@ def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
     """What is not implemented for encoder-decoders. Raises StartError."""
     if spec.encoder is None:
         return
-    if config.adapters:
-        raise StartError(f"--adapter: not implemented for encoder-decoders ({spec.architecture})")
+    if config.adapters or config.more_adapters:
+        raise StartError(f"adapters are not implemented for encoder-decoders ({spec.architecture})")
     if config.speculation == "draft":
         raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
 
