@@ -142,7 +142,8 @@ class ModelRunner:
             if not _are_numbers(logits):
                 result.error = "the model's logits are not numbers"
                 return
-            (row,) = sampling_rows(item.sequence)
+            mask = None if self.grammars is None else self.grammars.masks([(item.sequence, ())])[0]
+            (row,) = sampling_rows(item.sequence, masks=mask)
             result.arrays = distribution_arrays(distributions(logits, row, encoding.top_k), encoding.top_k)
 
     def logits(self, hidden: Tensor, rows: list[int]) -> Tensor:

@@ -88,6 +88,7 @@ class NextToken:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     stopping: StoppingParams = field(default_factory=lambda: StoppingParams(max_tokens=0))
     output_token_ids: tuple[int, ...] = ()
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,7 @@ class EncodingCall:
             arrival=self._arrival,
             encoding=encoding,
             adapter=self._adapter,
+            grammar=next_token.grammar,
         )
 
     def _timings(self) -> SequenceTimings:

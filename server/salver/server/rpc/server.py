@@ -132,7 +132,7 @@ class RpcServer:
             EncodingService(front, admission, metrics, self._prompts), self._server
         )
         inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
-            InspectionService(front, admission, metrics, self._prompts), self._server
+            InspectionService(front, admission, metrics, self._prompts, self._grammars), self._server
         )
         tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
             TokenizationService(front, self._prompts), self._server
