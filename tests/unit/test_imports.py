@@ -23,7 +23,7 @@ WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
         *("attention_rows", "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts"),
-        *("roofline", "runner", "source_reader", "startup", "updates", "worker"),
+        *("roofline", "runner", "source_reader", "startup", "updates", "weight_staging", "worker"),
     )
 )  # fmt: skip
 PURE = tuple(

@@ -161,6 +161,15 @@ def _admin_commands(subparsers: Any) -> None:
     unload.add_argument("--abort", action="store_true", help="end its calls, in place of waiting for them")
     _command(actions, "list", admin.list_adapters, "what is loaded, and who uses it", admin=True)
 
+    weights = subparsers.add_parser("weights", help="replace the base's weights (admin port)")
+    actions = weights.add_subparsers(title="actions", metavar="ACTION", required=True)
+    update = _command(actions, "update", admin.update_weights, "serve other weights", admin=True)
+    update.add_argument("directory", help="a checkpoint under --weights-root")
+    update.add_argument(
+        "--in-flight", choices=("wait", "abort", "keep"), default="wait",
+        help="calls that run are waited for (default), aborted, or go on with the new weights",
+    )  # fmt: skip
+
 
 def _inspection_commands(subparsers: Any) -> None:
     flags = [entry for entry in _SAMPLING if entry[0] not in _OF_WHOLE_ANSWERS]

@@ -31,7 +31,8 @@ class EngineConfig:
     block_size: int | None = None
     enable_prefix_caching: bool = True
     priority_interval: float = 1.0  # seconds of waiting that one priority level is worth
-    weights_digest: str = ""
+    weights: str = ""  # a directory of other weights than the checkpoint's, which came later; empty: none
+    weights_digest: str = ""  # of the weights in force
     check_integrity: bool = False  # after every step, for tests
     speculation: str = "off"  # off | ngram | draft
     num_draft_tokens: int = 4  # at most, for each sequence in a step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from salver.model.sampling import (
     sample,
     token_logprobs,
 )
-from salver.model.transformer import Decoder
+from salver.model.transformer import Decoder, SourceDecoder
 from salver.server.engine.attention_rows import AttentionRows
 from salver.server.engine.batch import Part, build_batch
 from salver.server.engine.beam import Candidate, num_candidates
@@ -64,6 +65,12 @@ class ModelRunner:
         self.grammars = grammars
         self.adapters = adapters
         self._sources = sources
+
+    def replace_model(self, model: Decoder) -> None:
+        """Computes with another model of the same spec and device from now on."""
+        self.model = model
+        if self._sources is not None:
+            self._sources.replace_model(cast(SourceDecoder, model))
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
 
 from salver.model.adapters import Adapter, AdapterSet, load_adapter
 from salver.model.cache import KVCache
+from salver.model.checkpoint import weights_digest
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
 from salver.model.errors import CheckpointError
@@ -58,7 +60,7 @@ def start_engine(
     device = find_device(config)
     threads = use_threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    model = _load(config, config.checkpoint, device, dtype)
+    model = _load(config, str(weights_directory(config)), device, dtype)
     spec, loaded = model.spec, model.loaded
     _refuse_flags(config, spec)
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
@@ -72,7 +74,7 @@ def start_engine(
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
-    decoder, kernels = _decoder(config, model, cache, threads)
+    decoder, kernels = decoder_of(config, model, cache, threads)
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
     # The kernel's rows don't know one another; torch's may.
@@ -156,16 +158,7 @@ def describe(
         quantization=config.quantization,
         torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
         kernels=kernels,
-        numerics_id=numerics_id(
-            device,
-            dtype,
-            weights_digest=config.weights_digest,
-            quantization=config.quantization,
-            numerics=config.numerics,
-            threads=threads,
-            row_multiple=multiple,
-            kernel=build.numerics() if kernels == "native" else "",
-        ),
+        numerics_id=numerics_id_of(config, device, dtype, threads, multiple, kernels),
         num_parameters=num_parameters,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
@@ -177,6 +170,40 @@ def describe(
         lost_adapters=lost_adapters,
         measured=measured,
     )
+
+
+def numerics_id_of(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, threads: int, multiple: int, kernels: str
+) -> str:
+    """See `numerics.numerics_id`; `kernels` as `describe` has it."""
+    return numerics_id(
+        device,
+        dtype,
+        weights_digest=config.weights_digest,
+        quantization=config.quantization,
+        numerics=config.numerics,
+        threads=threads,
+        row_multiple=multiple,
+        kernel=build.numerics() if kernels == "native" else "",
+    )
+
+
+def weights_directory(config: EngineConfig) -> Path:
+    """Where the weights are: the checkpoint's, or those that came later. Raises StartError.
+
+    The latter were read once and are promised by their digest, so they are looked at again.
+    """
+    if not config.weights:
+        return Path(config.checkpoint)
+    directory = Path(config.weights)
+    try:
+        with TemporaryDirectory() as nothing_known:
+            digest = weights_digest(directory, Path(nothing_known))
+    except CheckpointError as error:
+        raise StartError(f"the weights that were served cannot be had again: {error}") from error
+    if digest != config.weights_digest:
+        raise StartError(f"{directory}: the weights have changed since they were served")
+    return directory
 
 
 def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -275,7 +302,7 @@ def _speculation(
             cache = KVCache(draft.spec, num_blocks, size, dtype=dtype, device=draft.device)
         except (MemoryError, RuntimeError) as error:
             raise StartError(f"--speculative-model: its cache could not be allocated: {error}") from error
-        decoder, kernels = _decoder(config, draft, cache, threads)
+        decoder, kernels = decoder_of(config, draft, cache, threads)
         multiple = 1 if kernels == "native" else runner.row_multiple
         small = ModelRunner(decoder, cache, block_size=size, row_multiple=multiple)
         drafter = DraftModel(small, _step_costs(small, budget), max_tokens=budget)
@@ -323,7 +350,7 @@ def use_threads(config: EngineConfig) -> int:
     return threads
 
 
-def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
+def decoder_of(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
     quantized = config.quantization != "none"
     if config.kernels == "torch":

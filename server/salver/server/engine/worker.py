@@ -14,7 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from salver.server.engine.changes import DropAdapter, LoadAdapter
+from salver.server.engine.changes import ApplyWeights, DropAdapter, DropWeights, LoadAdapter, StageWeights
 from salver.server.engine.channel import Channel, ChannelClosed
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore
@@ -59,7 +59,7 @@ def _serve(channel: Channel, page: StatusPage) -> int:
         channel.send(Failed(str(error)))
         return 1
     channel.send(ready)
-    _loop(channel, page, core, Updates(core))
+    _loop(channel, page, core, Updates(core, config, ready))
     return 0
 
 
@@ -84,7 +84,7 @@ def _loop(channel: Channel, page: StatusPage, core: EngineCore, updates: Updates
                     core.add(request)
                 case Abort(request_id, sample_index):
                     core.abort(request_id, sample_index)
-                case LoadAdapter() | DropAdapter():
+                case LoadAdapter() | DropAdapter() | StageWeights() | ApplyWeights() | DropWeights():
                     updates.begin(message)
                 case Shutdown():
                     return

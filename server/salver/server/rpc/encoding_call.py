@@ -264,6 +264,7 @@ class EngineCalls:
             model=model.name,
             usage=common_pb2.Usage(prompt_tokens=computed.num_tokens),
             timings=convert.timings(computed.timings, time.monotonic() - arrival),
-            numerics_id=model.ready.numerics_id,
+            numerics_id=model.numerics_id,
+            weights_version=model.in_force.version,
             **fields,
         )

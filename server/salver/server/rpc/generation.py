@@ -80,7 +80,8 @@ class _Generation:
             model=self.model.name,
             completions=completions,
             seed=seed,
-            numerics_id=self.model.ready.numerics_id,
+            numerics_id=self.model.numerics_id,
+            weights_version=self.model.in_force.version,
         )
 
     def add_prompt(self, response: Any, logprobs: list[Logprobs]) -> None:
