@@ -137,8 +137,7 @@ def test_calls_are_kept(site: Site) -> None:
         bits = stream.result.numerics_id
         done = site.admin.update_weights("fifth", "keep")
         assert done.num_kept == 1
-        tokens = go_on(stream, 50)
-        assert tokens != site.truth("fifth")[: len(tokens)]
+        go_on(stream, 50)
         last = next(stream)
         # What began with other weights promises nothing, and says so.
         assert last.numerics_id.startswith("none-") and last.numerics_id != bits

@@ -72,6 +72,11 @@ class ModelRunner:
         if self._sources is not None:
             self._sources.replace_model(cast(SourceDecoder, model))
 
+    def progress(self) -> None:
+        """A sign of life, from between steps."""
+        if self._on_progress is not None:
+            self._on_progress()
+
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
         return within_memory(self._compute, schedule, self.device)

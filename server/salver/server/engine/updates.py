@@ -21,6 +21,7 @@ from salver.model.adapters import Adapter, AdapterSet
 from salver.model.errors import CheckpointError
 from salver.model.transformer import Transformer
 from salver.server.engine.changes import (
+    AdapterSource,
     ApplyWeights,
     Change,
     Changed,
@@ -110,15 +111,14 @@ class Updates:
                 runner, model, adapters = self._adapted()
                 made = read_adapter(source, model)
                 facts = facts_of(source.key, made)
-                self._sources[source.key] = replace(source, digest=made.digest)
+                sources = self._sources | {source.key: replace(source, digest=made.digest)}
                 adapters[source.key] = made
-                return self._replace(runner, model, adapters, Changed(ticket, adapter=facts))
+                return self._replace(runner, model, adapters, sources, Changed(ticket, adapter=facts))
             case DropAdapter(ticket, key):
                 runner, model, adapters = self._adapted()
                 adapters.pop(key, None)
-                self._sources.pop(key, None)
-                return self._replace(runner, model, adapters, Changed(ticket))
-
+                sources = {kept: source for kept, source in self._sources.items() if kept != key}
+                return self._replace(runner, model, adapters, sources, Changed(ticket))
             case StageWeights(ticket, directory):
                 self._staged = None
                 staged = self._stage(Path(directory))
@@ -179,15 +179,19 @@ class Updates:
         assert isinstance(runner.model, Transformer)
         return runner, runner.model, dict(runner.adapters.adapters)
 
-    @staticmethod
     def _replace(
-        runner: ModelRunner, model: Transformer, adapters: dict[str, Adapter], told: Changed
+        self,
+        runner: ModelRunner,
+        model: Transformer,
+        adapters: dict[str, Adapter],
+        sources: dict[str, AdapterSource],
+        told: Changed,
     ) -> Install:
         made = AdapterSet(model, adapters, runner.row_multiple, install=False)
 
         def install() -> Changed:
             made.install()
-            runner.adapters = made
+            runner.adapters, self._sources = made, sources
             return told
 
         return install

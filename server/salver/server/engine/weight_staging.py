@@ -55,6 +55,7 @@ def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, th
             with torch.inference_mode():
                 for own, new in zip(live.parameters(), staged.parameters(), strict=True):
                     own.copy_(new)
+                    runner.progress()
             torch.cuda.synchronize(live.device)
 
         return StagedWeights(staged, live, copy)
