@@ -173,7 +173,7 @@ class BeamGroups:
         pool.share(table)
         if part:
             copy = pool.allocate(1)
-            self._scheduler.copies.append((parent.block_table[full], *copy))
+            self._scheduler.copies.append((parent.block_table[full], copy[0]))
             table += copy
         return table
 

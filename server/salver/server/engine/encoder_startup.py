@@ -129,10 +129,14 @@ def _refuse_flags(config: EngineConfig) -> None:
         raise StartError("--speculative-model: an encoder generates nothing")
 
 
-def _load(config: EngineConfig, spec: EncoderSpec, device: torch.device) -> Encoder:
-    """In float32 on a CPU unless told: who reads embeddings compares numbers, and it is as fast there."""
+def encoder_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """float32 on a CPU unless told: who reads embeddings compares numbers, and it is as fast there."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = auto if config.dtype == "auto" else DTYPES[config.dtype]
+    return auto if config.dtype == "auto" else DTYPES[config.dtype]
+
+
+def _load(config: EngineConfig, spec: EncoderSpec, device: torch.device) -> Encoder:
+    dtype = encoder_dtype(config, device)
     try:
         return load_encoder(weights_directory(config), spec, device=device, dtype=dtype)
     except CheckpointError as error:

@@ -18,13 +18,14 @@ from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_loader import load_encoder
 from salver.model.encoder_spec import EncoderSpec
 from salver.model.errors import CheckpointError
+from salver.model.kernels.encoder_program import NativeEncoder
 from salver.model.loader import load_model
 from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, Transformer
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.encoder_runner import EncoderRunner
-from salver.server.engine.encoder_startup import use_kernels
+from salver.server.engine.encoder_startup import encoder_dtype, use_kernels
 from salver.server.engine.runner import ModelRunner
 from salver.server.engine.startup import DTYPES, decoder_of
 
@@ -36,7 +37,7 @@ class StagedWeights:
     """`base` is what adapters are read for, `model` what computes them once `install` is called."""
 
     base: nn.Module
-    model: Decoder | nn.Module
+    model: Decoder | NativeEncoder | nn.Module
     install: Callable[[], None]
 
 
@@ -75,7 +76,7 @@ def stage_encoder(
     check_spec(directory, spec)
     if runner.has_dense:
         raise CheckpointError(f"{directory}: a model with dense modules after its pooling cannot be updated")
-    staged = load_encoder(directory, spec, device=runner.device, dtype=runner.model.dtype)
+    staged = load_encoder(directory, spec, device=runner.device, dtype=encoder_dtype(config, runner.device))
     check_numbers(staged, directory)
     computing, _ = use_kernels(config, staged, threads)
 
