@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,7 +19,6 @@ from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_loader import load_encoder
 from salver.model.encoder_spec import EncoderSpec
 from salver.model.errors import CheckpointError
-from salver.model.kernels.encoder_program import NativeEncoder
 from salver.model.loader import load_model
 from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
@@ -28,6 +28,9 @@ from salver.server.engine.encoder_runner import EncoderRunner
 from salver.server.engine.encoder_startup import encoder_dtype, use_kernels
 from salver.server.engine.runner import ModelRunner
 from salver.server.engine.startup import DTYPES, decoder_of
+
+if TYPE_CHECKING:
+    from salver.model.kernels.encoder_program import NativeEncoder
 
 HOST = torch.device("cpu")
 
