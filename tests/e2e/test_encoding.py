@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import missing
+from support import calls
 from support.serving import Server
 
 from salver.client import AsyncClient, Client, FailedPrecondition
 from salver.server import catalog
+from salver.v1 import encoding_pb2, encoding_pb2_grpc, explanation_pb2
 
 TEXTS = [
     "The central bank raised interest rates for the third time this year.",
@@ -74,6 +76,20 @@ def test_minilm_equals_its_model_card(minilm: Server, minilm_checkpoint: Path) -
             assert max(others)[1] == i ^ 1
         with pytest.raises(FailedPrecondition, match="it has EMBED"):
             client.generate("hi")
+
+
+def test_where_the_time_of_an_encoding_went(minilm: Server) -> None:
+    """Its causes sum to its wall time, and its bill to what the steps took."""
+    stub = encoding_pb2_grpc.EncodingServiceStub(minilm.channel)
+    inputs = [calls.prompt_of(text) for text in TEXTS]
+    before = minilm.metric("salver_step_duration_seconds_sum")
+    reply = stub.Embed(
+        encoding_pb2.EmbedRequest(inputs=inputs, truncate=True, explain=True), timeout=calls.TIMEOUT
+    )
+    after = minilm.metric("salver_step_duration_seconds_sum")
+    assert calls.explained(reply)[explanation_pb2.LATENCY_CAUSE_PREFILL] > 0
+    assert reply.explanation.device_time.ToNanoseconds() / 1e9 == pytest.approx(after - before, abs=1e-6)
+    assert not stub.Embed(encoding_pb2.EmbedRequest(inputs=inputs[:1])).HasField("explanation")
 
 
 def test_a_crowd_changes_no_bit_where_that_is_promised(minilm: Server) -> None:

@@ -38,6 +38,7 @@ from salver.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from salver.client.explanation import Explanation, LatencyCause
 from salver.client.inspection import (
     Attention,
     AttentionLink,
@@ -115,6 +116,7 @@ __all__ = [
     "DistributionOptions",
     "EmbedOptions",
     "Embedding",
+    "Explanation",
     "ExtractAnswerOptions",
     "FailedPrecondition",
     "FieldViolation",
@@ -128,6 +130,7 @@ __all__ = [
     "InvalidArgument",
     "LabelScore",
     "LabelledSpan",
+    "LatencyCause",
     "Limits",
     "MaskCandidate",
     "MemoryArithmetic",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from salver.client.explanation import from_explanation
 from salver.client.types import (
     BeamParams,
     Candidate,
@@ -230,6 +231,7 @@ def from_generation(reply: Any) -> GenerateResult:
         numerics_id=reply.numerics_id,
         prompt_token_ids=tuple(reply.prompt_token_ids),
         configuration=_configuration(reply.configuration),
+        explanation=from_explanation(reply.explanation) if reply.HasField("explanation") else None,
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+from salver.client.explanation import Explanation
+
 
 class FinishReason(enum.Enum):
     """Why a completion ended."""
@@ -200,6 +202,7 @@ class GenerateResult:
     numerics_id: str = ""
     prompt_token_ids: tuple[int, ...] = ()
     configuration: Mapping[str, Setting] = field(default_factory=dict)
+    explanation: Explanation | None = None  # of a call with `explain`; in a stream, in the last message
 
     @property
     def text(self) -> str:
@@ -334,6 +337,7 @@ class GenerationOptions(TypedDict, total=False):
     target_language: str
     source_language: str
     resume: Resume
+    explain: bool
     request_id: str
     model: str
     timeout: float
