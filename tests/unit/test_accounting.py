@@ -15,7 +15,13 @@ from salver.server.engine.accounting import Account, Cause, divide
 from salver.server.engine.core import EngineLimits
 from salver.server.engine.explanation import RequestBooks
 from salver.server.engine.inline import InlineEngine
-from salver.server.engine.request import EngineRequest, FinishReason, SequenceOutput, StepMessage
+from salver.server.engine.request import (
+    BeamParams,
+    EngineRequest,
+    FinishReason,
+    SequenceOutput,
+    StepMessage,
+)
 from salver.server.engine.scheduler import Schedule
 from salver.server.rpc import convert
 from salver.v1 import explanation_pb2
@@ -36,8 +42,8 @@ class Sink:
         pass
 
     def put(self, output: SequenceOutput) -> None:
-        assert output.account is not None
-        self.accounts[output.sample_index] = output.account
+        if output.account is not None:
+            self.accounts[output.sample_index] = output.account
         if output.finish_reason is not None:
             self.ended.add(output.sample_index)
 
@@ -88,7 +94,7 @@ def test_shares_sum_to_what_was_divided(amount: int, weights: list[int]) -> None
 
 
 def test_bills_sum_to_the_busy_time_and_causes_to_the_wall_time() -> None:
-    """Of crowds with several tenants and samples, chunks, shared prefixes and preemptions."""
+    """Of crowds with several tenants, samples and beams, chunks, shared prefixes and preemptions."""
     seen: set[Cause] = set()
     for seed in range(6):
         seen |= crowd(random.Random(seed))
@@ -105,6 +111,8 @@ def crowd(rng: random.Random) -> set[Cause]:
             number, [rng.randrange(2) for _ in range(rng.randrange(1, 30))], rng.randrange(1, 20),
             rng.choice([1, 1, 3]), tenant=rng.choice("ab"),
         )  # fmt: skip
+        if number % 7 == 6:
+            item = request(number, [1] * rng.randrange(1, 9), 6, 2, tenant="a", beams=BeamParams(3))
         sinks.append((item, engine.submit(item)))
         for _ in range(rng.randrange(3)):
             engine.step()
@@ -115,6 +123,7 @@ def crowd(rng: random.Random) -> set[Cause]:
     assert all(sum(share for _, share in stats.tenants) == nanoseconds for stats, nanoseconds in busy)
     for item, sink in sinks:
         assert sink.ended == set(item.sample_indices)
+        assert sink.accounts.keys() == (sink.ended if item.beams is None else {0})
     for account in accounts:
         assert sum(account.seconds.values()) == pytest.approx(account.mark - account.submitted, abs=1e-9)
         assert min(account.seconds.values()) > -1e-9

@@ -360,7 +360,7 @@ class EngineCore:
                 sequence.timings(),
                 error,
                 arrays,
-                sequence.account,
+                account=sequence.account,
             )
         )
         self._forget_started(sequence.request.request_id)
