@@ -26,24 +26,15 @@ WORKER = tuple(
         *("roofline", "runner", "source_reader", "startup", "updates", "weight_staging", "worker"),
     )
 )  # fmt: skip
-PURE = tuple(
-    f"{ENGINE}.{name}"
-    for name in (
-        "changes",
-        "request",
-        "config",
-        "errors",
-        "sequence",
-        "blocks",
-        "cross_cache",
-        "drafts",
-        "waiting",
-        "beam",
-        "beam_groups",
-        "scheduler",
-        "core",
-        "inline",
-    )
+PURE = (
+    "salver.server.step_times",
+    *(
+        f"{ENGINE}.{name}"
+        for name in (
+            *("accounting", "beam", "beam_groups", "blocks", "changes", "config", "core", "cross_cache"),
+            *("drafts", "errors", "inline", "request", "scheduler", "sequence", "waiting"),
+        )
+    ),
 )
 # Of salver.model, what the front process uses.
 MODEL_FRONT = tuple(

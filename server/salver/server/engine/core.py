@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from salver.server.engine.accounting import StepAccounting
 from salver.server.engine.beam import Candidate, beam_capacity
 from salver.server.engine.beam_groups import BeamGroup
 from salver.server.engine.blocks import BlockPool
@@ -117,6 +118,7 @@ class EngineCore:
         self.generated_tokens = 0
         self.runner = runner
         self._clock = clock
+        self._accounting = StepAccounting()
         self._pending = _Pending()
         self._started: set[int] = set()  # unfinished requests whose start was told
 
@@ -171,14 +173,17 @@ class EngineCore:
                 self._pending.started = []
             result = self._execute(schedule)
             now = self._clock()
+            self._accounting.computed(schedule.scheduled, begin, now)
             for item, row in zip(schedule.scheduled, result.rows, strict=True):
                 self._take(item, row, now)
             for group in self.scheduler.beams.complete():
                 self._choose_beams(group, now)
             self.steps += 1
+            duration = self._clock() - begin
             stats = StepStats(
-                schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration,
+                schedule.num_tokens, len(schedule.scheduled), duration, result.model_duration,
                 sum(i.num_tokens - len(i.draft) - 1 + i.num_source_tokens for i in schedule.scheduled),
+                self._accounting.charge(schedule.scheduled, duration),
             )  # fmt: skip
         if self.limits.check_integrity:
             self.scheduler.check_integrity()
@@ -303,6 +308,7 @@ class EngineCore:
                     logprobs,
                     row.prompt_logprobs,
                     num_cached_tokens=sequence.num_cached_tokens,
+                    account=sequence.account,
                 )
             )
 
@@ -360,6 +366,7 @@ class EngineCore:
                 sequence.timings(),
                 error,
                 arrays,
+                account=sequence.account,
             )
         )
         self._forget_started(sequence.request.request_id)
