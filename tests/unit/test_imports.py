@@ -22,7 +22,9 @@ ENGINE = "salver.server.engine"
 WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
-        *("attention_rows", "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts"),
+        *("attention_rows", "batch", "device_memory", "device_startup", "draft_model"),
+        *("encoder_runner", "encoder_startup"),
+        *("gpu_gauges", "graphs", "launching", "rank", "ranks", "readouts"),
         *("roofline", "runner", "startup", "worker"),
     )
 )  # fmt: skip
@@ -39,6 +41,7 @@ PURE = tuple(
         "scheduler",
         "core",
         "inline",
+        "overlap",
     )
 )
 # Of salver.model, what the front process uses.

@@ -147,28 +147,44 @@ class EngineCore:
         computing them ends this process, the other side knows whom it computed.
         """
         begin = self._clock()
+        schedule = self._plan(begin, announce)
+        stats = None
+        if schedule.scheduled:
+            stats = self._took(schedule, self._execute(schedule), begin)
+        return self._message(stats)
+
+    def _plan(self, begin: float, announce: Callable[[StepMessage], None] | None) -> Schedule:
+        """What the next step computes; whom it begins with is told, or will be with the step's outputs."""
         for sequence in self.scheduler.expired(begin):
             self._finish(sequence, FinishReason.DEADLINE)
         schedule = self.scheduler.schedule(begin)
-        stats = None
         for sequence in schedule.started:
             request_id = sequence.request.request_id
             if request_id not in self._started:
                 self._started.add(request_id)
                 self._pending.started.append((request_id, begin - sequence.arrival))
-        if schedule.scheduled:
-            if announce is not None and self._pending.started:
-                announce(StepMessage([], self._pending.started, None))
-                self._pending.started = []
-            result = self._execute(schedule)
-            now = self._clock()
-            for item, row in zip(schedule.scheduled, result.rows, strict=True):
-                self._take(item, row, now)
-            self.steps += 1
-            stats = StepStats(
-                schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration,
-                sum(item.num_tokens - len(item.draft) - 1 for item in schedule.scheduled),
-            )  # fmt: skip
+        if schedule.scheduled and announce is not None and self._pending.started:
+            announce(StepMessage([], self._pending.started, None))
+            self._pending.started = []
+        return schedule
+
+    def _took(self, schedule: Schedule, result: StepResult, begin: float) -> StepStats:
+        """Applies a computed step that began at `begin`."""
+        now = self._clock()
+        for item, row in zip(schedule.scheduled, result.rows, strict=True):
+            self._take(item, row, now)
+        self.steps += 1
+        return self._stats(schedule, self._clock() - begin, result.model_duration)
+
+    @staticmethod
+    def _stats(schedule: Schedule, duration: float, model_duration: float) -> StepStats:
+        return StepStats(
+            schedule.num_tokens, len(schedule.scheduled), duration, model_duration,
+            sum(item.num_tokens - len(item.draft) - 1 for item in schedule.scheduled),
+        )  # fmt: skip
+
+    def _message(self, stats: StepStats | None) -> StepMessage | None:
+        """What was gathered since the last message; None when it is nothing."""
         if self.limits.check_integrity:
             self.scheduler.check_integrity()
         pending, self._pending = self._pending, _Pending()
@@ -242,7 +258,7 @@ class EngineCore:
             reason = sequence.finish_reason_after(token_id)
             if reason is not None:
                 break  # what a draft guessed behind the end was never asked for
-        self.scheduler.advance(item, max(0, len(token_ids) - 1))
+        self._advance(item, max(0, len(token_ids) - 1))
         if token_ids:
             sequence.last_token = now
             if sequence.first_token is None:
@@ -268,6 +284,9 @@ class EngineCore:
                     num_cached_tokens=sequence.num_cached_tokens,
                 )
             )
+
+    def _advance(self, item: Scheduled, num_accepted: int) -> None:
+        self.scheduler.advance(item, num_accepted)
 
     def _finish(
         self,

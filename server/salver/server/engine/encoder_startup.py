@@ -112,6 +112,8 @@ def _refuse_flags(config: EngineConfig) -> None:
         raise StartError(f"--quantization {config.quantization}: not implemented for encoders")
     if config.kv_cache_memory is not None:
         raise StartError("--kv-cache-memory: an encoder has no key-value cache")
+    if config.tensor_parallel_size > 1:
+        raise StartError("--tensor-parallel-size: not implemented for encoders")
     if config.speculation == "draft":
         raise StartError("--speculative-model: an encoder generates nothing")
 

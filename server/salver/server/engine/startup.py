@@ -17,30 +17,43 @@ from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
 from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
+from salver.model.parallel import Ranks
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, Transformer
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
+from salver.server.engine.device_startup import (
+    BLOCK_SIZE as BLOCK_SIZE,
+)
+from salver.server.engine.device_startup import (
+    choose_block_size,
+    decode_graphs,
+    fix_rows,
+    free_memory,
+    make_cache,
+    overlaps,
+    quantize_weights,
+    start_ranks,
+)
 from salver.server.engine.draft_model import DraftModel
 from salver.server.engine.drafts import PromptLookup, Speculation, StepCosts
+from salver.server.engine.errors import StartError as StartError
 from salver.server.engine.grammar import Grammars, load_vocabulary
+from salver.server.engine.launching import LaunchingModelRunner
+from salver.server.engine.overlap import OverlappedCore
+from salver.server.engine.ranks import PadExperts, ParallelTransformer
 from salver.server.engine.request import Measured, Ready
 from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.runner import ModelRunner
 from salver.server.engine.status_page import StatusPage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BLOCK_SIZE = 16
 DEFAULT_NUM_SEQS = {"cpu": 32, "cuda": 256}
 CPU_CACHE_BYTES = 192 << 20  # at least, and enough for one whole context
 STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
 WARM_UP_TOKENS = 128
 WARM_UP_RUNS = 2
 COST_ROWS = (1, 8, 32)  # steps of so many sequences are timed, to know what a draft costs
-
-
-class StartError(Exception):
-    """The engine cannot start, and why, for a person: names the flag, the file or the tensor."""
 
 
 def start_engine(
@@ -54,31 +67,40 @@ def start_engine(
     device = find_device(config)
     threads = use_threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    model = _load(config, config.checkpoint, device, dtype)
+    group = start_ranks(config, device)
+    model = _load(config, config.checkpoint, device, dtype, None if group is None else group.ranks)
+    quantize_weights(config, model)
     spec, loaded = model.spec, model.loaded
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
     timer.done("load weights")
     max_model_len = _max_model_len(config, spec)
-    block_size = config.block_size or BLOCK_SIZE
+    block_size = config.block_size or choose_block_size(model)
     max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
-    num_blocks = _num_blocks(config, spec, dtype, device, block_size, max_model_len, max_num_seqs)
+    parallel = None if group is None else ParallelTransformer.of(model, group)
+    num_blocks = _num_blocks(config, model, parallel, draft, block_size, max_model_len, max_num_seqs)
     try:
-        cache = KVCache(spec, num_blocks, block_size, dtype=dtype, device=device)
+        cache = make_cache(model, parallel, num_blocks, block_size)
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
-    decoder, kernels = _decoder(config, model, cache, threads)
+    if parallel is None:
+        decoder, kernels = _decoder(config, model, cache, threads)
+    else:
+        decoder, kernels = parallel, f"torch ({config.tensor_parallel_size} ranks)"
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
     # The kernel's rows don't know one another; torch's may.
-    multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
+    fixed = 0 if native else fix_rows(config, model)
+    multiple = 1 if native or fixed or config.numerics == "fast" else row_multiple(model)
     model.pad_experts(multiple)
+    if group is not None:
+        group.send(PadExperts(multiple))
     timer.done("probe numerics")
     adapters = _adapters(config, model, multiple)
     if adapters is not None:
         timer.done("load adapters")
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
-    runner = ModelRunner(
+    runner = LaunchingModelRunner(
         decoder,
         cache,
         block_size=block_size,
@@ -88,6 +110,7 @@ def start_engine(
         grammars=grammars,
         adapters=adapters,
     )
+    runner.graphs = decode_graphs(config, runner, device_name(device), max_num_seqs, max_model_len)
     speed, one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
@@ -100,7 +123,8 @@ def start_engine(
     roofline = measure_roofline(stored, dtype, device, config.quantization)
     measured = Measured(loaded, held_bytes(stored), roofline, speed, one)
     timer.done("measure the device")
-    speculation = _speculation(config, runner, draft, num_blocks, threads, budget)
+    overlapped = overlaps(config, device)
+    speculation = None if overlapped else _speculation(config, runner, draft, num_blocks, threads, budget)
     if speculation is not None:
         timer.done("time steps")
     limits = EngineLimits(
@@ -118,9 +142,11 @@ def start_engine(
     ready = describe(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=decoder.num_parameters(), phases=phases, measured=measured,
-        adapters=() if adapters is None else tuple(adapters.digests.items()),
+        adapters=() if adapters is None else tuple(adapters.digests.items()), fixed_rows=fixed,
     )  # fmt: skip
     grammars.warm_beside()
+    if overlapped:
+        return OverlappedCore(runner, limits, clock=time.monotonic), ready
     return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
 
 
@@ -137,6 +163,7 @@ def describe(
     phases: list[tuple[str, float]],
     measured: Measured,
     adapters: tuple[tuple[str, str], ...] = (),
+    fixed_rows: int = 0,
 ) -> Ready:
     """What the front is told of a warm engine; `kernels` is "native", or torch and why."""
     return Ready(
@@ -154,6 +181,8 @@ def describe(
             threads=threads,
             row_multiple=multiple,
             kernel=build.numerics() if kernels == "native" else "",
+            ranks=config.tensor_parallel_size,
+            fixed_rows=fixed_rows,
         ),
         num_parameters=num_parameters,
         num_blocks=limits.num_blocks,
@@ -167,9 +196,15 @@ def describe(
     )
 
 
-def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+def _load(
+    config: EngineConfig,
+    checkpoint: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+) -> Transformer:
     try:
-        return load_model(Path(checkpoint), device=device, dtype=dtype, numerics=config.numerics)
+        return load_model(Path(checkpoint), device=device, dtype=dtype, numerics=config.numerics, ranks=ranks)
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -282,6 +317,10 @@ def use_threads(config: EngineConfig) -> int:
 def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
     quantized = config.quantization != "none"
+    if model.device.type == "cuda":
+        return model, "torch"
+    if config.quantization == "fp8":
+        raise StartError("--quantization fp8: it is for GPUs (--quantization int8)")
     if config.kernels == "torch":
         if quantized:
             raise StartError(f"--quantization {config.quantization}: it needs --kernels native or auto")
@@ -317,21 +356,32 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 
 def _num_blocks(
     config: EngineConfig,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
+    model: Transformer,
+    parallel: ParallelTransformer | None,
+    draft: Transformer | None,
     block_size: int,
     max_model_len: int,
     max_num_seqs: int,
 ) -> int:
     """Blocks that fit in the cache's memory, the null block among them; unasked, no more than can be used."""
-    per_block = KVCache.bytes_per_block(spec, block_size, dtype)
+    per_block = KVCache.bytes_per_block(model.spec, block_size, model.dtype)
     whole_context = (-(-max_model_len // block_size) + 1) * per_block
     most = max_num_seqs * whole_context
     if config.kv_cache_memory is not None:
         memory = config.kv_cache_memory
-    elif device.type == "cuda":
-        memory = min(int(torch.cuda.mem_get_info(device)[0] * 0.85), most)
+    elif model.device.type == "cuda":
+        # A draft model's cache has as many blocks.
+        drafts = 0 if draft is None else KVCache.bytes_per_block(draft.spec, block_size, draft.dtype)
+
+        def budget_of(runner: ModelRunner) -> int:
+            return config.max_num_batched_tokens or _token_budget(
+                _speed(runner, max_model_len)[0], max_num_seqs
+            )
+
+        found = free_memory(config, model, parallel, block_size, max_num_seqs, budget_of)
+        if found.cache < 2 * (per_block + drafts):
+            raise StartError(f"--gpu-memory-utilization: nothing is left for the key-value cache: {found}")
+        memory = min(found.cache // (per_block + drafts) * per_block, most)
     else:
         memory = max(min(CPU_CACHE_BYTES, most), whole_context)
     blocks = memory // per_block

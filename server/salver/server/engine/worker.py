@@ -12,12 +12,16 @@ import argparse
 import signal
 import socket
 import time
+from typing import TYPE_CHECKING
 
 from salver.server.engine.channel import Channel, ChannelClosed
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore
 from salver.server.engine.request import Abort, Failed, Shutdown, Submit
 from salver.server.engine.status_page import StatusPage
+
+if TYPE_CHECKING:
+    from salver.server.engine.gpu_gauges import GpuGauges
 
 IDLE_TICK = 0.1  # seconds between signs of life of an idle worker
 
@@ -52,8 +56,10 @@ def _serve(channel: Channel, page: StatusPage) -> int:
     except StartError as error:
         channel.send(Failed(str(error)))
         return 1
+    from salver.server.engine.gpu_gauges import GpuGauges
+
     channel.send(ready)
-    _loop(channel, page, core)
+    _loop(channel, page, core, GpuGauges.of_this_process(page))
     return 0
 
 
@@ -65,7 +71,7 @@ def _first_message(channel: Channel) -> EngineConfig:
             return message
 
 
-def _loop(channel: Channel, page: StatusPage, core: EngineCore) -> None:
+def _loop(channel: Channel, page: StatusPage, core: EngineCore, gauges: GpuGauges | None = None) -> None:
     checked = core.steps
     while True:
         messages = channel.poll(timeout=0.0 if core.has_work else IDLE_TICK)
@@ -84,6 +90,8 @@ def _loop(channel: Channel, page: StatusPage, core: EngineCore) -> None:
                     raise TypeError(f"no such message: {type(message).__name__}")
         report = core.step(channel.send)
         publish(page, core)
+        if gauges is not None:
+            gauges.publish()
         if report is not None:
             channel.send(report)
 
