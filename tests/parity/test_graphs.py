@@ -25,8 +25,9 @@ from salver.model.transformer import Transformer
 from salver.server.engine.core import EngineLimits
 from salver.server.engine.graphs import DecodeGraphs, GraphList, graph_sizes
 from salver.server.engine.inline import InlineEngine
-from salver.server.engine.request import SamplingParams, SequenceOutput
-from salver.server.engine.runner import ModelRunner
+from salver.server.engine.launching import LaunchingModelRunner
+from salver.server.engine.overlap import OverlappedCore
+from salver.server.engine.request import FinishReason, SamplingParams, SequenceOutput
 
 CPU = torch.device("cpu")
 LIMITS = EngineLimits(64, 4, 96, 6, 32, check_integrity=True)
@@ -87,12 +88,14 @@ def graphs(model: Transformer, cache: KVCache, capture: FakeCapture, listed: Gra
     )  # fmt: skip
 
 
-def answers(model: Transformer, capture: FakeCapture | None) -> list[Any]:
+def answers(model: Transformer, capture: FakeCapture | None, overlapped: bool = False) -> list[Any]:
     cache = KVCache(model.spec, LIMITS.num_blocks, LIMITS.block_size, dtype=torch.float32, device=CPU)
-    runner = ModelRunner(model, cache, block_size=LIMITS.block_size, row_multiple=1)
+    runner = LaunchingModelRunner(model, cache, block_size=LIMITS.block_size, row_multiple=1)
     if capture is not None:
         runner.graphs = graphs(model, cache, capture, GraphList(None, ""))
     engine = InlineEngine(runner, LIMITS, clock=Clock())
+    if overlapped:
+        engine = InlineEngine.of(OverlappedCore(runner, LIMITS, clock=Clock()))
     sinks = []
     for number in range(8):
         sinks.append(Sink())
@@ -109,6 +112,37 @@ def test_graphs_give_the_same_tokens(model: Transformer) -> None:
     assert answers(model, capture) == answers(model, None)
     assert capture.replays > 10
     assert capture.captures <= len(graph_sizes(LIMITS.max_num_seqs))
+
+
+def test_steps_in_flight_give_the_same_tokens(model: Transformer) -> None:
+    """The newest tokens are taken from the device; with graphs too, which share their memory."""
+    expected = answers(model, None)
+    assert answers(model, None, overlapped=True) == expected
+    assert answers(model, FakeCapture(), overlapped=True) == expected
+
+
+def test_a_row_in_flight_that_is_not_numbers_ends_its_request_alone(model: Transformer) -> None:
+    cache = KVCache(model.spec, LIMITS.num_blocks, LIMITS.block_size, dtype=torch.float32, device=CPU)
+    runner = LaunchingModelRunner(model, cache, block_size=LIMITS.block_size, row_multiple=1)
+    whole = runner.logits
+
+    def spoiled(hidden: Tensor, rows: list[int]) -> Tensor:
+        logits = whole(hidden, rows)
+        if len(rows) == 2:
+            logits[1] = float("nan")
+        return logits
+
+    runner.logits = spoiled  # type: ignore[method-assign]
+    core = OverlappedCore(runner, LIMITS, clock=Clock())
+    for number in range(2):
+        core.add(request(number, [5, 6, 7 + number], 6, sampling=SamplingParams(temperature=1.0)))
+    ends: dict[int, tuple[FinishReason, str]] = {}
+    while core.has_work:
+        message = core.step()
+        if message is not None:
+            ends |= {o.request_id: (o.finish_reason, o.error) for o in message.outputs if o.finish_reason}
+    assert ends[0] == (FinishReason.LENGTH, "")
+    assert ends[1] == (FinishReason.ERROR, "the model's logits are not numbers")
 
 
 def test_a_step_with_a_prompt_has_no_graph(model: Transformer) -> None:
