@@ -221,6 +221,21 @@ def test_what_needs_the_last_tokens_is_computed_after_them() -> None:
     assert 4 < device.launches < core.steps  # afterwards steps overlap again
 
 
+def test_a_leader_that_is_preempted_in_flight_still_leads() -> None:
+    """Its prompt is computed, its token not yet read, when its blocks go to others: nothing to share then."""
+    engine, _, core = overlapped(replace(LIMITS, num_blocks=7, enable_prefix_caching=False))
+    items = [request(0, [1] * 4, 6), request(1, [2] * 4, 6), request(2, [3] * 8, 6, 2)]
+    sinks = [Sink() for _ in items]
+    for item, sink in zip(items, sinks, strict=True):
+        engine.submit(item, sink)
+    engine.step()
+    engine.step()
+    assert core.scheduler.preemptions == 1 and core.scheduler.find(2, 0)[0].num_output_tokens == 1
+    engine.run()
+    for item, sink in zip(items, sinks, strict=True):
+        assert sink.tokens == {index: expected(item, index) for index in item.sample_indices}
+
+
 def test_a_deadline_in_flight_ends_the_request() -> None:
     engine, _, _ = overlapped()
     sink = Sink()
