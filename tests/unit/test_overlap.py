@@ -21,7 +21,7 @@ from salver.server.engine.request import (
     SequenceOutput,
 )
 from salver.server.engine.scheduler import Schedule
-from salver.server.engine.sequence import PENDING, Sequence
+from salver.server.engine.sequence import PENDING, Sequence, SequenceStatus
 
 LIMITS = EngineLimits(33, BLOCK, 96, 6, 16, check_integrity=True)
 HOST, DEVICE = 0.004, 0.010  # seconds of a step
@@ -231,6 +231,7 @@ def test_a_leader_that_is_preempted_in_flight_still_leads() -> None:
     engine.step()
     engine.step()
     assert core.scheduler.preemptions == 1 and core.scheduler.find(2, 0)[0].num_output_tokens == 1
+    assert core.scheduler.find(2, 1)[0].status is SequenceStatus.HELD
     engine.run()
     for item, sink in zip(items, sinks, strict=True):
         assert sink.tokens == {index: expected(item, index) for index in item.sample_indices}
