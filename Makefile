@@ -36,7 +36,8 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test test-triton check bench bench-peers bench-service bench-growth bench-overload bench-gpu bench-quality deploy-check \
+.PHONY: help run test test-triton check bench bench-peers bench-service bench-encoding bench-growth bench-overload \
+	bench-gpu bench-quality deploy-check \
 	exactness faults soak wheel protos tools clean
 .DEFAULT_GOAL := help
 
@@ -70,6 +71,9 @@ bench-peers: $(VENV)/.dev ## install other servers into .peers and measure Salve
 
 bench-service: $(VENV)/.dev ## measure what serving costs: through gRPC, and the same engine in process
 	$(BIN)/python benchmarks/service.py $(BENCH_ARGS)
+
+bench-encoding: $(VENV)/.dev ## measure embeddings beside sentence-transformers and ONNX Runtime (installed into .peers)
+	$(BIN)/python benchmarks/encoding.py $(BENCH_ARGS)
 
 bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, memory, arriving prompts
 	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)

@@ -254,17 +254,12 @@ class InProcess:
 
     def run(self, requests: Sequence[BenchRequest]) -> tuple[list[Trace], float]:
         """The traces of the requests and the wall time in seconds. Raises BenchError."""
-        assert self._process.stdin is not None
         question = {
             "prompts": [list(request.prompt) for request in requests],
             "max_tokens": [request.max_tokens for request in requests],
             "at": [request.at for request in requests],
         }
-        try:
-            print(json.dumps(question), file=self._process.stdin, flush=True)
-        except OSError as error:
-            raise BenchError(f"{self._what} is gone: {error}") from error
-        answer = self._answer()
+        answer = self.ask(question)
         self.peak_rss = max(self.peak_rss, answer["peak_rss"])
         if "error" in answer:
             raise BenchError(answer["error"])
@@ -274,11 +269,28 @@ class InProcess:
         ]
         return traces, answer["wall"]
 
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """One line in, one out. Raises BenchError."""
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        except OSError as error:
+            raise BenchError(f"{self._what} is gone: {error}") from error
+        return self._answer()
+
 
 class Baseline(InProcess):
     """`benchmarks/baseline.py` (`transformers.generate` on static batches), or a script called as it is."""
 
-    def __init__(self, checkpoint: Path, *, dtype: str, threads: int, script: str = "baseline.py") -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        dtype: str,
+        threads: int,
+        script: str = "baseline.py",
+        extra: Sequence[str] = (),
+    ) -> None:
         path = Path(__file__).with_name(script)
         command = [sys.executable, str(path), str(checkpoint), "--dtype", dtype, "--threads", str(threads)]
-        super().__init__(command, what="the baseline")
+        super().__init__([*command, *extra], what="the baseline")

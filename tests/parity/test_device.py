@@ -128,8 +128,10 @@ class Anywhere:
         self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Any
     ) -> Tensor:
         keys = cache.keys(layer)[batch.block_tables]
-        scores = scoring.adjust(query.new_zeros(1, cache.num_kv_heads, query.shape[1] // cache.num_kv_heads,
-                                                1, 4), batch.block_tables.new_zeros((1, 4)))  # fmt: skip
+        group = query.shape[1] // cache.num_kv_heads
+        positions = batch.block_tables.new_zeros((1, 4))
+        scores = query.new_zeros(1, cache.num_kv_heads, group, 1, 4)
+        scores = scoring.adjust(scores, positions, positions[:, :1])
         assert scoring.sinks is None or scoring.sinks.device == query.device
         return query.flatten(1) + keys.sum() * 0 + scores.sum() * 0
 

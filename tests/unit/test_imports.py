@@ -25,19 +25,23 @@ WORKER = tuple(
         *("attention_rows", "batch", "device_memory", "device_startup", "draft_model"),
         *("encoder_runner", "encoder_startup"),
         *("gpu_gauges", "graphs", "launching", "rank", "ranks", "readouts"),
-        *("roofline", "runner", "startup", "worker"),
+        *("roofline", "runner", "source_reader", "startup", "updates", "worker"),
     )
 )  # fmt: skip
 PURE = tuple(
     f"{ENGINE}.{name}"
     for name in (
+        "changes",
         "request",
         "config",
         "errors",
         "sequence",
         "blocks",
+        "cross_cache",
         "drafts",
         "waiting",
+        "beam",
+        "beam_groups",
         "scheduler",
         "core",
         "inline",

@@ -58,6 +58,16 @@ class Adapter:
     deltas: Mapping[str, Sequence[Delta]]
     digest: str
 
+    @property
+    def rank(self) -> int:
+        """The largest of its deltas'."""
+        return max(len(delta.a) for deltas in self.deltas.values() for delta in deltas)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(delta.a.nbytes + delta.b.nbytes for deltas in self.deltas.values() for delta in deltas)
+
 
 def load_adapter(path: Path, model: Transformer) -> Adapter:
     """The adapter in a PEFT directory, on the model's device and in its dtype.
@@ -93,18 +103,38 @@ def load_adapter(path: Path, model: Transformer) -> Adapter:
 class AdapterSet:
     """The adapters of a model, put beside its linear layers. `select` says which rows are whose."""
 
-    def __init__(self, model: Transformer, adapters: Mapping[str, Adapter], row_multiple: int = 1) -> None:
-        """`row_multiple` as in `numerics.row_multiple`."""
-        self.digests = {name: adapter.digest for name, adapter in adapters.items()}
+    def __init__(
+        self,
+        model: Transformer,
+        adapters: Mapping[str, Adapter],
+        row_multiple: int = 1,
+        *,
+        install: bool = True,
+    ) -> None:
+        """`row_multiple` as in `numerics.row_multiple`. Without `install` the model stays as it is, with
+        the adapters that it has, until that is called."""
+        self.adapters = dict(adapters)
         self._numbers = {name: number for number, name in enumerate(adapters)}
         self._active = _Active()
         self._device = model.device
         self._row_multiple = row_multiple
-        for layer in sorted({layer for adapter in adapters.values() for layer in adapter.deltas}):
-            of_layer = [adapter.deltas.get(layer, ()) for adapter in adapters.values()]
+        self._model = model
+        self._made = {
+            layer: _AdaptedLinear(
+                _linear(model, layer), [own.deltas.get(layer, ()) for own in adapters.values()], self._active
+            )
+            for layer in sorted({layer for adapter in adapters.values() for layer in adapter.deltas})
+        }
+        if install:
+            self.install()
+
+    def install(self) -> None:
+        """Puts them there, in the place of another set's."""
+        before = [name for name, module in self._model.named_modules() if isinstance(module, _AdaptedLinear)]
+        for layer in {*before, *self._made}:
             parent, _, attribute = layer.rpartition(".")
-            made = _AdaptedLinear(_linear(model, layer), of_layer, self._active)
-            setattr(model.get_submodule(parent), attribute, made)
+            module = self._made.get(layer) or _linear(self._model, layer)
+            setattr(self._model.get_submodule(parent), attribute, module)
 
     def select(self, parts: Sequence[tuple[str, range]]) -> None:
         """Of the next step, the rows of each part, and the name of its adapter ("" for none)."""
@@ -148,6 +178,7 @@ class _AdaptedLinear(nn.Module):
         super().__init__()
         self.weight = base.weight
         self.bias = base.bias
+        self._base = (base,)  # not a module of ours, whose parameters would count twice
         self._active = active
         rank = max(sum(len(delta.a) for delta in own) for own in deltas)
         out, width = base.weight.shape
@@ -161,6 +192,10 @@ class _AdaptedLinear(nn.Module):
                 b[delta.start : delta.start + len(delta.b), first:last] = delta.b
                 first = last
         self._chosen = (tuple(range(len(deltas))), self._a, self._b)  # of the adapters of the last step
+
+    @property
+    def base(self) -> Linear:
+        return self._base[0]
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight, self.bias)
@@ -188,7 +223,11 @@ class _Place:
 def _places(model: Transformer) -> dict[str, _Place]:
     """By the name of the checkpoint's tensor. The head and the embeddings are not among them."""
     found: dict[str, _Place] = {}
-    layers = {name for name, module in model.named_modules() if isinstance(module, Linear) and name != "head"}
+    layers = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | _AdaptedLinear) and name != "head"
+    }
     for name, source in model.spec.weights.expanded(model.spec.num_layers).items():
         layer, _, kind = name.rpartition(".")
         if kind == "weight" and layer in layers:
@@ -198,7 +237,10 @@ def _places(model: Transformer) -> dict[str, _Place]:
 
 
 def _linear(model: Transformer, layer: str) -> Linear:
+    """Without the adapters beside it."""
     found = model.get_submodule(layer)
+    if isinstance(found, _AdaptedLinear):
+        return found.base
     if not isinstance(found, Linear):
         raise TypeError(f"{layer} is a {type(found).__name__}")
     return found
@@ -232,7 +274,8 @@ def _delta(
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{file.path}: tensor {module}.lora_{letter}.weight holds NaN or infinity")
     scaled = b.float() * config.scaling(module)
-    return Delta(place.start, a.to(model.device, model.dtype), scaled.to(model.device, model.dtype))
+    a = a.to(model.device, model.dtype, copy=True)  # a view of the mapped file would change with it
+    return Delta(place.start, a, scaled.to(model.device, model.dtype))
 
 
 class _Config:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .spec import AlibiPositions, ModelSpec
+from .spec import AlibiPositions, BucketPositions, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Sharding:
 
     def _check(self) -> None:
         spec, size = self.spec, self.size
+        if spec.encoder is not None or isinstance(spec.positions, BucketPositions):
+            self._refuse("encoder-decoders are not divided")
         experts = spec.experts
         for what, count in (
             ("heads", spec.num_heads),

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from .batch import AttentionBatch
+from .batch import AttentionBatch, SourceBatch, into_slots, over_sources
 from .scoring import Alibi, Scoring
 
 if TYPE_CHECKING:
     from ..cache import KVCache
 
-__all__ = ["Alibi", "Attention", "AttentionBatch", "Scoring", "choose"]
+__all__ = [
+    "Alibi", "Attention", "AttentionBatch", "Scoring", "SourceBatch", "choose", "into_slots", "over_sources",
+]  # fmt: skip
 
 
 class Attention(Protocol):
@@ -35,17 +37,17 @@ class Attention(Protocol):
         ...
 
 
-def choose(device: torch.device, numerics: str, dtype: torch.dtype) -> Attention:
+def choose(device: torch.device, numerics: str, dtype: torch.dtype, *, sources: bool = False) -> Attention:
     """The implementation for a device and a numerics mode ("exact" or "fast").
 
     The gathering one is made for the CPU and right on any device that torch knows: also on a GPU without
-    Triton.
+    Triton, and for rows that attend to `sources` or by distance, which the kernels there don't know.
     """
     from .cpu import GatheringAttention
 
     if numerics not in ("exact", "fast"):
         raise ValueError(f"numerics must be exact or fast, not {numerics!r}")
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and not sources and importlib.util.find_spec("triton") is not None:
         from .cuda import CudaAttention
 
         return CudaAttention(exact=numerics == "exact")

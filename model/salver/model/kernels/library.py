@@ -13,12 +13,15 @@ from torch import Tensor
 
 from .build import KernelUnavailable
 
-VERSION = 3
+VERSION = 5
 PANEL = 32  # columns of a packed panel
 LANES = 16
+TILE = 64  # keys of a tile of attention
 BLOCK_SIZE = 16  # tokens of a cache block: the sixteen lanes of a register
 MAX_HEAD_DIM = 256
 MAX_WIDTH = 32768
+INT4_BLOCK = 32  # weights of a column that share a scale and a least value
+INT4_BYTES = 20  # of such a block: 32 values of 4 bits, two numbers of 16
 
 Progress = ctypes.CFUNCTYPE(None)
 
@@ -29,14 +32,25 @@ class Precision(IntEnum):
     FLOAT32 = 0
     BFLOAT16 = 1
     INT8 = 2
+    INT4 = 3
 
     @property
     def activations(self) -> torch.dtype:
-        return (torch.float32, torch.bfloat16, torch.int8)[self]
+        return (torch.float32, torch.bfloat16, torch.int8, torch.int8)[self]
 
     @property
     def weights(self) -> torch.dtype:
-        return (torch.float32, torch.bfloat16, torch.uint8)[self]
+        return (torch.float32, torch.bfloat16, torch.uint8, torch.uint8)[self]
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Products read int8 rows, which need all of a row of floats first."""
+        return self.activations is torch.int8
+
+    @property
+    def head(self) -> Precision:
+        """Of the matrix that gives the logits: 4 bits there would cost the most quality."""
+        return Precision.INT8 if self is Precision.INT4 else self
 
 
 class Kind(IntEnum):
@@ -50,6 +64,9 @@ class Kind(IntEnum):
     ATTEND = 5
     QUANTIZE = 6
     PROGRESS = 7
+    ADD_SEGMENTS = 8
+    ROTATE = 9
+    ATTEND_WHOLE = 10
 
 
 class Epilogue(IntEnum):
@@ -61,7 +78,16 @@ class Epilogue(IntEnum):
     GATED = 3
 
 
-ACTIVATIONS = {"silu": 1, "swish": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu": 4}
+ACTIVATIONS = {
+    "silu": 1,
+    "swish": 1,
+    "gelu": 2,
+    "gelu_python": 2,
+    "gelu_new": 3,
+    "gelu_fast": 3,
+    "gelu_pytorch_tanh": 3,
+    "relu": 4,
+}
 
 
 class CBuffer(ctypes.Structure):
@@ -74,6 +100,7 @@ class CBuffer(ctypes.Structure):
         ("row_offset", c_void_p),
         ("scale_stride", c_int64),
         ("group", c_int32),
+        ("group_sum", c_void_p),
     )
 
 
@@ -97,6 +124,7 @@ class COperation(ctypes.Structure):
         ("out", c_int32),
         ("weight", c_int32),
         ("extra", c_int32),
+        ("window", c_int32),
         ("epilogue", c_int32),
         ("activation", c_int32),
         ("scale", c_void_p),
@@ -134,6 +162,7 @@ class CStep(ctypes.Structure):
         ("num_sequences", c_int32),
         ("token_ids", c_void_p),
         ("positions", c_void_p),
+        ("segments", c_void_p),
         ("slots", c_void_p),
         ("query_starts", c_void_p),
         ("lengths", c_void_p),
@@ -141,6 +170,8 @@ class CStep(ctypes.Structure):
         ("table_stride", c_int64),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("local_cos", c_void_p),
+        ("local_sin", c_void_p),
     )
 
 
@@ -178,10 +209,11 @@ class Library:
         )
 
     def pack(self, weight: Tensor, precision: Precision, gated: bool, threads: int) -> tuple[Tensor, Tensor]:
-        """(panels, float32 scale of each column) of a weight [N, K], float32 or bfloat16."""
+        """(panels, float32 scale of each column for int8) of a weight [N, K], float32 or bfloat16."""
         rows, depth = weight.shape
         panels = num_panels(rows, gated)
-        packed = torch.empty((panels, depth * PANEL), dtype=precision.weights)
+        size = depth // INT4_BLOCK * INT4_BYTES if precision is Precision.INT4 else depth
+        packed = torch.empty((panels, size * PANEL), dtype=precision.weights)
         scale = torch.empty(panels * PANEL if precision is Precision.INT8 else 0)
         weight = weight.contiguous()
         self._library.salver_pack(

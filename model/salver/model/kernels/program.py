@@ -1,56 +1,39 @@
-"""A model as a program of the native kernel."""
+"""A decoder as a program of the native kernel."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import AttentionBatch, Scoring
 from ..cache import KVCache
-from ..layers import Norm, Weights
 from ..spec import LearnedPositions, ModelSpec, RopePositions
 from ..transformer import Layer, OnAttention, Transformer
 from .build import KernelUnavailable, pairs_are_fast
+from .compiled import ATTENDED, FINAL, HEADS, INNER, NORMED, PROGRESS_ROWS, RESIDUAL, Compiled
 from .library import (
     ACTIVATIONS,
     BLOCK_SIZE,
+    INT4_BLOCK,
     LANES,
     MAX_HEAD_DIM,
     MAX_WIDTH,
-    PANEL,
-    CBuffer,
     CCache,
-    COperation,
-    CProgram,
     CStep,
-    CWeight,
     Epilogue,
     Kind,
     Library,
     Precision,
     Progress,
-    num_panels,
 )
 
-# Buffers of a step, one row for each of its rows.
-RESIDUAL, NORMED, HEADS, ATTENDED, INNER, FINAL = range(6)
-WIDE = {ATTENDED: 6, INNER: 7}  # of int8 buffers, the floats that they are rounded from
-GROUP, INNER_GROUP = 64, 128  # values of an int8 row that share a scale
 HEAD_ROWS = 64  # rows of logits at a time
-PROGRESS_ROWS = 64  # a step of fewer rows is over before anybody asks how it goes
 
 
-@dataclass
-class _Buffer:
-    width: int
-    precision: Precision
-
-
-class NativeTransformer:
+class NativeTransformer(Compiled):
     """A `Transformer` whose steps the kernel computes; takes over its weights.
 
     Calls are those of `Transformer`. Hidden states are float32. A row has the same bits whatever
@@ -72,52 +55,35 @@ class NativeTransformer:
         Raises KernelUnavailable for a model that the kernel does not know, before it takes anything.
         """
         spec = model.spec
-        check(model, cache)
+        check(model, cache, precision)
+        super().__init__(library, precision, threads, pairs_are_fast() if pairs is None else pairs)
         self.spec: ModelSpec = spec
-        self.device = torch.device("cpu")
-        self.precision = precision
-        self._pairs = pairs_are_fast() if pairs is None else pairs
         self._parameters = model.num_parameters()
         self._rope = model.rope
-        self._library = library
-        self._threads = threads
         self._cache = cache
-        self._kept: list[object] = []  # what C points to
-        self._weights: list[CWeight] = []
-        self._operations: list[COperation] = []
-        query, inner = spec.qkv_sizes[0], spec.intermediate_size
-        wide = int(precision is Precision.INT8)
-        inputs = precision  # what products read
-        if precision is Precision.BFLOAT16 and not self._pairs:
-            inputs = Precision.FLOAT32
-        self._buffers = [
-            _Buffer(spec.hidden_size, Precision.FLOAT32),
-            _Buffer(spec.hidden_size, inputs),
-            _Buffer(sum(spec.qkv_sizes), Precision.FLOAT32),
-            _Buffer(query, inputs),
-            _Buffer(inner, inputs),
-            _Buffer(spec.hidden_size, Precision.FLOAT32),
-            _Buffer(wide * query, Precision.FLOAT32),
-            _Buffer(wide * inner, Precision.FLOAT32),
-        ]
+        self._buffers = self._make_buffers(
+            spec.hidden_size, sum(spec.qkv_sizes), spec.qkv_sizes[0], spec.intermediate_size
+        )
         self._compile(model)
-        self._rows = 0
-        self._program = CProgram()
+        data = cache.data
+        self._program.cache_precision = (
+            Precision.FLOAT32 if data.dtype == torch.float32 else Precision.BFLOAT16
+        )
+        self._program.cache = CCache(
+            keys_and_values=data.data_ptr(), blocks=cache.num_blocks, heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, scale=spec.attention_scale,
+        )  # fmt: skip
         self._reserve(HEAD_ROWS)
 
     def num_parameters(self) -> int:
         """Weights; a tied matrix counts once."""
         return self._parameters
 
-    def stored(self) -> list[Tensor]:
-        """The tensors that hold the weights."""
-        return [kept for kept in self._kept if isinstance(kept, Tensor)]
-
     # ---- the program ----
 
     def _compile(self, model: Transformer) -> None:
         tied = model.head is None
-        self._head = self._weight(model.embed if model.head is None else model.head)
+        self._head = self._weight(model.embed if model.head is None else model.head, self.precision.head)
         embed = self._head if tied else self._table(model.embed)
         positions = -1 if model.positions is None else self._table(model.positions)
         self._add(Kind.EMBED, RESIDUAL, RESIDUAL, weight=embed, extra=positions)
@@ -145,109 +111,7 @@ class NativeTransformer:
         self._add(Kind.MULTIPLY, INNER, RESIDUAL, weight=self._weight(layer.down), epilogue=Epilogue.ADD)
         self._add(Kind.PROGRESS, RESIDUAL, RESIDUAL)
 
-    def _first(self, buffer: int) -> int:
-        """Where an operation writes what a product reads from `buffer`: int8 needs whole rows first."""
-        return WIDE[buffer] if self.precision is Precision.INT8 else buffer
-
-    def _narrow(self, buffer: int) -> None:
-        if self.precision is Precision.INT8:
-            self._add(Kind.QUANTIZE, WIDE[buffer], buffer)
-
-    def _add(
-        self,
-        kind: Kind,
-        in_: int,
-        out: int,
-        *,
-        layer: int = 0,
-        weight: int = -1,
-        extra: int = -1,
-        epilogue: Epilogue = Epilogue.STORE,
-        activation: int = 0,
-    ) -> None:
-        operation = COperation(
-            kind=kind, layer=layer, in_=in_, out=out, weight=weight, extra=extra,
-            epilogue=epilogue, activation=activation,
-        )  # fmt: skip
-        self._operations.append(operation)
-
-    def _norm(self, norm: Norm | None, in_: int, out: int) -> None:
-        assert norm is not None and norm.weight is not None  # see `unsupported`
-        self._add(Kind.RMS_NORM if norm.rms else Kind.LAYER_NORM, in_, out)
-        operation = self._operations[-1]
-        operation.scale = self._keep(norm.weight.detach().float())
-        operation.shift = None if norm.bias is None else self._keep(norm.bias.detach().float())
-        operation.epsilon = norm.eps
-
-    def _keep(self, tensor: Tensor) -> int:
-        """The address of a tensor that lives as long as this."""
-        tensor = tensor.contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def _weight(self, module: Weights, gated: bool = False) -> int:
-        """Packs a matrix and empties its module."""
-        weight, bias = module.weight.detach(), module.bias
-        module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-        packed, scale = self._library.pack(weight, self.precision, gated, self._threads)
-        rows, depth = weight.shape
-        panels = num_panels(rows, gated)
-        found = CWeight(
-            data=self._keep(packed), precision=self.precision, rows=rows, depth=depth, panels=panels
-        )
-        if scale.numel():
-            found.column_scale = self._keep(scale)
-        if bias is not None:
-            found.bias = self._keep(_in_panels(bias.detach().float(), panels, gated))
-        self._weights.append(found)
-        return len(self._weights) - 1
-
-    def _table(self, module: Weights) -> int:
-        """A matrix that is read by rows, as it is."""
-        weight = module.weight.detach().contiguous()
-        precision = Precision.FLOAT32 if weight.dtype == torch.float32 else Precision.BFLOAT16
-        rows, depth = weight.shape
-        self._weights.append(
-            CWeight(data=self._keep(weight), precision=precision, rows=rows, depth=depth, panels=0)
-        )
-        return len(self._weights) - 1
-
     # ---- steps ----
-
-    def _reserve(self, rows: int) -> None:
-        """Room for a step of so many rows."""
-        if rows <= self._rows:
-            return
-        self._rows = max(rows, 2 * self._rows)
-        self._tensors = [
-            torch.zeros((self._rows, buffer.width), dtype=buffer.precision.activations)
-            for buffer in self._buffers
-        ]
-        groups = max(-(-buffer.width // GROUP) for buffer in self._buffers)
-        # One product at a time reads int8 rows: their scales take turns in one place.
-        self._group_scale = torch.zeros((groups, self._rows))
-        self._row_offset = torch.zeros(self._rows)
-        buffers = [
-            CBuffer(
-                data=tensor.data_ptr(), stride=buffer.width, precision=buffer.precision, width=buffer.width,
-                group_scale=self._group_scale.data_ptr(), row_offset=self._row_offset.data_ptr(),
-                scale_stride=self._rows, group=INNER_GROUP if number == INNER else GROUP,
-            )
-            for number, (tensor, buffer) in enumerate(zip(self._tensors, self._buffers, strict=True))
-        ]  # fmt: skip
-        spec, program = self.spec, self._program
-        self._c_buffers = (CBuffer * len(buffers))(*buffers)
-        self._c_weights = (CWeight * len(self._weights))(*self._weights)
-        self._c_operations = (COperation * len(self._operations))(*self._operations)
-        program.operations, program.num_operations = self._c_operations, len(self._operations)
-        program.buffers, program.weights = self._c_buffers, self._c_weights
-        data = self._cache.data
-        program.pairs = self._pairs
-        program.cache_precision = Precision.FLOAT32 if data.dtype == torch.float32 else Precision.BFLOAT16
-        program.cache = CCache(
-            keys_and_values=data.data_ptr(), blocks=self._cache.num_blocks, heads=spec.num_heads,
-            kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, scale=spec.attention_scale,
-        )  # fmt: skip
 
     def __call__(
         self,
@@ -341,7 +205,7 @@ def unsupported(spec: ModelSpec) -> str | None:
     return None
 
 
-def check(model: Transformer, cache: KVCache) -> None:
+def check(model: Transformer, cache: KVCache, precision: Precision) -> None:
     """Raises KernelUnavailable, saying what of the model the kernel does not do."""
     spec = model.spec
     if (reason := unsupported(spec)) is not None:
@@ -356,21 +220,8 @@ def check(model: Transformer, cache: KVCache) -> None:
         )
     if spec.activation not in ACTIVATIONS:
         raise KernelUnavailable(f"it does not know the activation {spec.activation}")
-    for size in (spec.hidden_size, spec.intermediate_size, sum(spec.qkv_sizes)):
-        if size % 4 or size > MAX_WIDTH:
-            raise KernelUnavailable(f"a width of {size} is not a multiple of 4 up to {MAX_WIDTH}")
-
-
-def _in_panels(bias: Tensor, panels: int, gated: bool) -> Tensor:
-    """A bias [N] in the order of the packed columns, zeros for padding."""
-    out = torch.zeros(panels * PANEL)
-    if not gated:
-        out[: bias.numel()] = bias
-        return out
-    half = bias.numel() // 2
-    lanes = out.view(panels, 2, LANES)
-    for part, values in enumerate((bias[:half], bias[half:])):
-        column = torch.zeros(panels * LANES)
-        column[:half] = values
-        lanes[:, part] = column.view(panels, LANES)
-    return out
+    step = INT4_BLOCK if precision is Precision.INT4 else 4
+    depths = (spec.hidden_size, spec.intermediate_size, spec.qkv_sizes[0])
+    for size, multiple in (*((depth, step) for depth in depths), (sum(spec.qkv_sizes), 4)):
+        if size % multiple or size > MAX_WIDTH:
+            raise KernelUnavailable(f"a width of {size} is not a multiple of {multiple} up to {MAX_WIDTH}")

@@ -12,7 +12,8 @@ from salver.model.attention.cuda import CudaAttention
 from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
 from salver.model.numerics import fixed_rows_hold
-from salver.model.quantized import quantize_model
+from salver.model.quantized import KINDS, quantize_model
+from salver.model.spec import ModelSpec
 from salver.model.transformer import Transformer
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.device_memory import CacheMemory, CudaMemory, measure_cache_memory
@@ -39,6 +40,8 @@ def quantize_weights(config: EngineConfig, model: Transformer) -> None:
     """On a GPU, where torch multiplies 8 bits; on a CPU the native kernel does it when it packs."""
     if model.device.type != "cuda" or config.quantization == "none":
         return
+    if config.quantization not in KINDS:
+        raise StartError(f"--quantization {config.quantization}: a GPU has {' and '.join(KINDS)}")
     try:
         quantize_model(model, config.quantization)
     except CheckpointError as error:
@@ -47,12 +50,16 @@ def quantize_weights(config: EngineConfig, model: Transformer) -> None:
 
 
 def make_cache(
-    model: Transformer, parallel: ParallelTransformer | None, num_blocks: int, block_size: int
+    model: Transformer,
+    parallel: ParallelTransformer | None,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
 ) -> KVCache:
     """At every rank."""
     if parallel is not None:
         return parallel.make_cache(num_blocks, block_size)
-    return KVCache(model.spec, num_blocks, block_size, dtype=model.dtype, device=model.device)
+    return KVCache(model.spec, num_blocks, block_size, dtype=dtype, device=model.device)
 
 
 def choose_block_size(model: Transformer) -> int:
@@ -75,7 +82,7 @@ def free_memory(
 
     `budget_of` measures how many tokens its largest step has. Raises StartError.
     """
-    cache = make_cache(model, parallel, 2, block_size)
+    cache = make_cache(model, parallel, 2, block_size, model.dtype)
     runner = ModelRunner(parallel or model, cache, block_size=block_size, row_multiple=1)
     try:
         budget = budget_of(runner)
@@ -124,8 +131,10 @@ def decode_graphs(
     )  # fmt: skip
 
 
-def overlaps(config: EngineConfig, device: torch.device) -> bool:
+def overlaps(config: EngineConfig, device: torch.device, spec: ModelSpec) -> bool:
     """Steps in flight and guesses exclude each other: a guess needs the last token. On a GPU, guesses come
-    only where they were asked for.
+    only where they were asked for. An encoder-decoder's steps read sources too: one after the other.
     """
-    return device.type == "cuda" and (config.speculation == "off" or config.speculation_chosen)
+    if device.type != "cuda" or spec.encoder is not None:
+        return False
+    return config.speculation == "off" or config.speculation_chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from salver.server.engine.request import EncodingParams, Readout
 from salver.server.engine.runner import within_memory
 from salver.server.engine.scheduler import Schedule, Scheduled
 
+if TYPE_CHECKING:
+    from salver.model.kernels.encoder_program import NativeEncoder
+
 # A vocabulary head's rows are long: so many of them at a time.
 CANDIDATE_ROWS = 64
 
@@ -25,7 +29,7 @@ class EncoderRunner:
 
     def __init__(
         self,
-        model: Encoder,
+        model: Encoder | NativeEncoder,
         *,
         row_multiple: int,
         dense: Dense | None = None,

@@ -151,7 +151,7 @@ class DecodeGraphs:
         that depend on the length of a prompt.
         """
         spec = model.spec
-        return spec.experts is None and not spec.rope_context[1]
+        return spec.experts is None and spec.encoder is None and not spec.rope_context[1]
 
     def run(self, batch: Batch) -> Tensor | None:
         """The hidden states [S, hidden_size] of S sequences, good until the next step.

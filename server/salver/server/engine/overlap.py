@@ -51,6 +51,8 @@ def is_plain(request: EngineRequest) -> bool:
         or sampling.allowed_words
         or sampling.no_repeat_ngram_size
         or request.grammar
+        or request.beams is not None
+        or request.source_token_ids
         or request.output_top_k is not None
         or request.prompt_top_k is not None
         or request.encoding is not None

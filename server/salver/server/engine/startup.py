@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from salver.model.adapters import AdapterSet, load_adapter
+from salver.model.adapters import Adapter, AdapterSet, load_adapter
 from salver.model.cache import KVCache
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
@@ -18,8 +19,10 @@ from salver.model.kernels.build import KernelUnavailable
 from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
 from salver.model.parallel import Ranks
+from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
-from salver.model.transformer import Decoder, Transformer
+from salver.model.transformer import Decoder, SourceDecoder, Transformer
+from salver.server.engine.changes import AdapterFacts, AdapterSource
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.device_startup import (
@@ -45,6 +48,7 @@ from salver.server.engine.ranks import PadExperts, ParallelTransformer
 from salver.server.engine.request import Measured, Ready
 from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.runner import ModelRunner
+from salver.server.engine.source_reader import SourceReader
 from salver.server.engine.status_page import StatusPage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,15 +75,16 @@ def start_engine(
     model = _load(config, config.checkpoint, device, dtype, None if group is None else group.ranks)
     quantize_weights(config, model)
     spec, loaded = model.spec, model.loaded
+    _refuse_flags(config, spec)
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
     timer.done("load weights")
     max_model_len = _max_model_len(config, spec)
     block_size = config.block_size or choose_block_size(model)
     max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
     parallel = None if group is None else ParallelTransformer.of(model, group)
-    num_blocks = _num_blocks(config, model, parallel, draft, block_size, max_model_len, max_num_seqs)
+    num_blocks = _num_blocks(config, model, parallel, draft, dtype, block_size, max_model_len, max_num_seqs)
     try:
-        cache = make_cache(model, parallel, num_blocks, block_size)
+        cache = make_cache(model, parallel, num_blocks, block_size, dtype)
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
@@ -96,8 +101,8 @@ def start_engine(
     if group is not None:
         group.send(PadExperts(multiple))
     timer.done("probe numerics")
-    adapters = _adapters(config, model, multiple)
-    if adapters is not None:
+    adapters, lost = load_adapters(config, model, multiple)
+    if config.adapters:
         timer.done("load adapters")
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
     runner = LaunchingModelRunner(
@@ -109,6 +114,9 @@ def start_engine(
         dense=load_dense(config, spec.hidden_size),
         grammars=grammars,
         adapters=adapters,
+        sources=None
+        if spec.encoder is None
+        else SourceReader(cast(SourceDecoder, decoder), cache, row_multiple=multiple, on_progress=page.bump),
     )
     runner.graphs = decode_graphs(config, runner, device_name(device), max_num_seqs, max_model_len)
     speed, one = _speed(runner, max_model_len)
@@ -123,7 +131,7 @@ def start_engine(
     roofline = measure_roofline(stored, dtype, device, config.quantization)
     measured = Measured(loaded, held_bytes(stored), roofline, speed, one)
     timer.done("measure the device")
-    overlapped = overlaps(config, device)
+    overlapped = overlaps(config, device, spec)
     speculation = None if overlapped else _speculation(config, runner, draft, num_blocks, threads, budget)
     if speculation is not None:
         timer.done("time steps")
@@ -136,13 +144,15 @@ def start_engine(
         tokens_for_one=max(1, int(speed / one)),
         priority_interval=config.priority_interval,
         rope_context=spec.rope_context,
+        max_source_len=0 if spec.encoder is None else spec.encoder.max_input_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         check_integrity=config.check_integrity,
     )
     ready = describe(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=decoder.num_parameters(), phases=phases, measured=measured,
-        adapters=() if adapters is None else tuple(adapters.digests.items()), fixed_rows=fixed,
+        adapters=() if adapters is None else tuple(facts_of(*item) for item in adapters.adapters.items()),
+        lost_adapters=lost, fixed_rows=fixed,
     )  # fmt: skip
     grammars.warm_beside()
     if overlapped:
@@ -162,7 +172,8 @@ def describe(
     num_parameters: int,
     phases: list[tuple[str, float]],
     measured: Measured,
-    adapters: tuple[tuple[str, str], ...] = (),
+    adapters: tuple[AdapterFacts, ...] = (),
+    lost_adapters: tuple[tuple[str, str], ...] = (),
     fixed_rows: int = 0,
 ) -> Ready:
     """What the front is told of a warm engine; `kernels` is "native", or torch and why."""
@@ -192,6 +203,7 @@ def describe(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         phases=tuple(phases),
         adapters=adapters,
+        lost_adapters=lost_adapters,
         measured=measured,
     )
 
@@ -204,23 +216,57 @@ def _load(
     ranks: Ranks | None = None,
 ) -> Transformer:
     try:
-        return load_model(Path(checkpoint), device=device, dtype=dtype, numerics=config.numerics, ranks=ranks)
+        name = weights_dtype_name(str(dtype).removeprefix("torch."), config.quantization)
+        return load_model(
+            Path(checkpoint), device=device, dtype=DTYPES[name], numerics=config.numerics, ranks=ranks
+        )
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
 
 
-def _adapters(config: EngineConfig, model: Transformer, multiple: int) -> AdapterSet | None:
-    if not config.adapters:
-        return None
-    loaded = {}
-    for name, directory in config.adapters:
+def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
+    """What is not implemented for encoder-decoders. Raises StartError."""
+    if spec.encoder is None:
+        return
+    if config.adapters:
+        raise StartError(f"--adapter: not implemented for encoder-decoders ({spec.architecture})")
+    if config.speculation == "draft":
+        raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
+
+
+def facts_of(key: str, adapter: Adapter) -> AdapterFacts:
+    return AdapterFacts(key, adapter.digest, adapter.rank, adapter.num_bytes)
+
+
+def load_adapters(
+    config: EngineConfig, model: Transformer, multiple: int
+) -> tuple[AdapterSet | None, tuple[tuple[str, str], ...]]:
+    """The adapters, and keys of those that were there before and cannot be had again, with the reason.
+
+    Raises StartError for a bad one that was never there.
+    """
+    if not config.adapters and not config.more_adapters:
+        return None, ()
+    loaded, lost = {}, []
+    for source in config.adapters:
         try:
-            loaded[name] = load_adapter(Path(directory), model)
+            loaded[source.key] = read_adapter(source, model)
         except CheckpointError as error:
-            raise StartError(f"--adapter {name}: {error}") from error
-    return AdapterSet(model, loaded, multiple)
+            if not source.digest:
+                name = source.key.rpartition("@")[0]
+                raise StartError(f"--adapter {name}: {error}") from error
+            lost.append((source.key, str(error)))
+    return AdapterSet(model, loaded, multiple), tuple(lost)
+
+
+def read_adapter(source: AdapterSource, model: Transformer) -> Adapter:
+    """Raises CheckpointError: also for other files than its digest is of."""
+    adapter = load_adapter(Path(source.directory), model)
+    if source.digest not in ("", adapter.digest):
+        raise CheckpointError(f"{source.directory}: the files have changed since they were loaded")
+    return adapter
 
 
 def load_dense(config: EngineConfig, hidden_size: int) -> DenseModules | None:
@@ -261,7 +307,7 @@ def _speculation(
         return None
     drafter: PromptLookup | DraftModel = PromptLookup()
     if draft is not None:
-        dtype, size = draft.dtype, runner.block_size
+        dtype, size = runner.cache.data.dtype, runner.block_size
         try:
             cache = KVCache(draft.spec, num_blocks, size, dtype=dtype, device=draft.device)
         except (MemoryError, RuntimeError) as error:
@@ -359,13 +405,16 @@ def _num_blocks(
     model: Transformer,
     parallel: ParallelTransformer | None,
     draft: Transformer | None,
+    dtype: torch.dtype,
     block_size: int,
     max_model_len: int,
     max_num_seqs: int,
 ) -> int:
     """Blocks that fit in the cache's memory, the null block among them; unasked, no more than can be used."""
-    per_block = KVCache.bytes_per_block(model.spec, block_size, model.dtype)
-    whole_context = (-(-max_model_len // block_size) + 1) * per_block
+    spec = model.spec
+    per_block = KVCache.bytes_per_block(spec, block_size, dtype)
+    source = 0 if spec.encoder is None else -(-spec.encoder.max_input_tokens // block_size)
+    whole_context = (-(-max_model_len // block_size) + 1 + source) * per_block
     most = max_num_seqs * whole_context
     if config.kv_cache_memory is not None:
         memory = config.kv_cache_memory

@@ -14,6 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from salver.server.engine.changes import DropAdapter, LoadAdapter
 from salver.server.engine.channel import Channel, ChannelClosed
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore
@@ -22,6 +23,7 @@ from salver.server.engine.status_page import StatusPage
 
 if TYPE_CHECKING:
     from salver.server.engine.gpu_gauges import GpuGauges
+    from salver.server.engine.updates import Updates
 
 IDLE_TICK = 0.1  # seconds between signs of life of an idle worker
 
@@ -50,6 +52,7 @@ def _serve(channel: Channel, page: StatusPage) -> int:
     imported = time.perf_counter()
     from salver.server.engine.encoder_startup import start_any_engine
     from salver.server.engine.startup import StartError
+    from salver.server.engine.updates import Updates
 
     try:
         core, ready = start_any_engine(config, page, [("import torch", imported - begin)], imported)
@@ -59,7 +62,7 @@ def _serve(channel: Channel, page: StatusPage) -> int:
     from salver.server.engine.gpu_gauges import GpuGauges
 
     channel.send(ready)
-    _loop(channel, page, core, GpuGauges.of_this_process(page))
+    _loop(channel, page, core, Updates(core), GpuGauges.of_this_process(page))
     return 0
 
 
@@ -71,7 +74,9 @@ def _first_message(channel: Channel) -> EngineConfig:
             return message
 
 
-def _loop(channel: Channel, page: StatusPage, core: EngineCore, gauges: GpuGauges | None = None) -> None:
+def _loop(
+    channel: Channel, page: StatusPage, core: EngineCore, updates: Updates, gauges: GpuGauges | None = None
+) -> None:
     checked = core.steps
     while True:
         messages = channel.poll(timeout=0.0 if core.has_work else IDLE_TICK)
@@ -84,10 +89,14 @@ def _loop(channel: Channel, page: StatusPage, core: EngineCore, gauges: GpuGauge
                     core.add(request)
                 case Abort(request_id, sample_index):
                     core.abort(request_id, sample_index)
+                case LoadAdapter() | DropAdapter():
+                    updates.begin(message)
                 case Shutdown():
                     return
                 case _:
                     raise TypeError(f"no such message: {type(message).__name__}")
+        if (changed := updates.finish()) is not None:
+            channel.send(changed)
         report = core.step(channel.send)
         publish(page, core)
         if gauges is not None:

@@ -1,4 +1,4 @@
-// A step of a decoder: a list of operations, run by all threads together with a barrier between two.
+// A step of a decoder or an encoder: a list of operations, run by all threads together with a barrier between two.
 //
 // Plain C interface, called through ctypes. The threads are OpenMP's, those that torch uses: the
 // caller passes the address of GOMP_parallel, so that one pool of threads exists in the process.
@@ -12,15 +12,18 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "int4.h"
 #include "simd.h"
+#include "whole.h"
 
 using namespace salver;
 
 namespace {
 
-enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2 };
+enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum Kind : std::int32_t {
-    EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7
+    EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7,
+    ADD_SEGMENTS = 8, ROTATE = 9, ATTEND_WHOLE = 10
 };
 
 // A matrix of activations with one row for each row of the step.
@@ -33,6 +36,7 @@ struct Buffer {
     float* row_offset;         // int8 alone: -128 times the sum
     std::int64_t scale_stride;
     std::int32_t group;        // int8 alone: values that share a scale, a multiple of 16
+    float* group_sum;          // for int4 weights, or null: as group_scale, the sum of each group
 };
 
 struct Weight {
@@ -49,9 +53,10 @@ struct Operation {
     std::int32_t layer;
     std::int32_t in, out;      // buffers
     std::int32_t weight;       // of the list of weights, or -1
-    std::int32_t extra;        // EMBED: the weight of learned positions, or -1
+    std::int32_t extra;        // EMBED: the weight of learned positions, or -1; ATTEND_WHOLE: the bias's reach
+    std::int32_t window;       // ROTATE, ATTEND_WHOLE: how far a token sees to either side; 0: everywhere
     std::int32_t epilogue, activation;
-    const float* scale;        // norms
+    const float* scale;        // norms; ATTEND_WHOLE: the bias, or null
     const float* shift;        // LAYER_NORM
     float epsilon;
 };
@@ -106,7 +111,7 @@ private:
 class Dealer {
 public:
     void clear() { next_.store(0, std::memory_order_relaxed); }
-    int take(int pieces = 1) { return next_.fetch_add(pieces, std::memory_order_relaxed); }
+    int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
 private:
     alignas(64) std::atomic<int> next_{0};
@@ -125,7 +130,7 @@ constexpr int NOT_FINITE = 0x01 | 0x08 | 0x10 | 0x80;  // of VFPCLASS: quiet NaN
 // Quantization", does so with their states): an outlier spoils its own group alone, and rows don't know one another.
 void put_groups(const Buffer& to, int row, const float* values) {
     std::int8_t* out = static_cast<std::int8_t*>(to.data) + row * to.stride;
-    float* scale = to.group_scale + row;
+    float *scale = to.group_scale + row, *of_group = to.group_sum == nullptr ? nullptr : to.group_sum + row;
     float offset = 0;
     for (int begin = 0; begin < to.width; begin += to.group, scale += to.scale_stride) {
         const int end = std::min(to.width, begin + to.group);
@@ -147,7 +152,12 @@ void put_groups(const Buffer& to, int row, const float* values) {
         }
         // What is not numbers stays that: the scale carries it.
         *scale = broken ? std::numeric_limits<float>::quiet_NaN() : highest / 127.0f;
-        offset = std::fma(static_cast<float>(-128 * _mm512_reduce_add_epi32(sum)), *scale, offset);
+        const int total = _mm512_reduce_add_epi32(sum);
+        offset = std::fma(static_cast<float>(-128 * total), *scale, offset);
+        if (of_group != nullptr) {
+            *of_group = static_cast<float>(total) * *scale;
+            of_group += to.scale_stride;
+        }
     }
     to.row_offset[row] = offset;
 }
@@ -174,9 +184,14 @@ void read_row(const Weight& w, std::int64_t index, float* out, bool add) {
     auto put = [&](int k, float value) { out[k] = add ? out[k] + value : value; };
     const std::int64_t depth = w.depth;
     if (w.panels == 0) {
-        for (int k = 0; k < w.depth; k++)
-            put(k, w.precision == FLOAT ? static_cast<const float*>(w.data)[index * depth + k]
-                                        : to_float(static_cast<const bf16*>(w.data)[index * depth + k]));
+        for (int k = 0; k < w.depth; k += LANES) {
+            const __mmask16 mask = tail_mask(w.depth - k);
+            __m512 x = w.precision == FLOAT
+                ? _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.data) + index * depth + k)
+                : load_bf16(static_cast<const bf16*>(w.data) + index * depth + k, mask);
+            if (add) x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out + k), x);
+            store(out + k, x, mask);
+        }
         return;
     }
     const std::int64_t panel = index / PANEL * PANEL * depth;
@@ -223,6 +238,7 @@ Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
     g.input = in.data;
     g.input_stride = in.stride;
     g.group_scale = in.group_scale;
+    g.group_sum = in.group_sum;
     g.row_offset = in.row_offset;
     g.scale_stride = in.scale_stride;
     g.group = in.group;
@@ -236,20 +252,30 @@ Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
 }
 
 
-using Multiply = void (*)(const Gemm&, int, int);
+using Multiply = void (*)(const Gemm&, int, int, int, int);
 
 Multiply multiply_of(const Weight& w, const Buffer& in) {
     if (w.precision == FLOAT) return multiply<Float>;
     if (w.precision == INT8) return multiply<Int8>;
+    if (w.precision == INT4) return multiply<Int4>;
     return in.precision == FLOAT ? multiply<Widened> : multiply<Half>;
 }
 
-void run_product(const Gemm& g, Multiply multiply, int threads, Dealer& dealer) {
+constexpr int NEAR = 1 << 19;  // bytes of the input that stay in a core's own cache while panels pass
+constexpr int SIZES[] = {sizeof(float), sizeof(bf16), sizeof(std::int8_t)};  // by precision
+
+void run_product(const Gemm& g, const Buffer& in, Multiply multiply, int threads, Dealer& dealer) {
+    // All threads are at the same rows, as many as stay near: they pass the panels one after the other.
+    const int tiles = tiles_of(g), tile_bytes = MAX_ROWS * g.depth * SIZES[in.precision];
+    const int blocks = (tiles * std::min(tile_bytes, NEAR / 4) + NEAR - 1) / NEAR;
     // With few rows the weight streams from memory, which likes long runs.
     const int pieces = threads * (g.rows < 8 ? 2 : 8);
     const int run = threads == 1 ? g.panels : std::max(1, g.panels / pieces);
-    for (int begin = dealer.take(run); begin < g.panels; begin = dealer.take(run))
-        multiply(g, begin, std::min(g.panels, begin + run));
+    const int runs = (g.panels + run - 1) / run;
+    for (int mine = dealer.take(); mine < blocks * runs; mine = dealer.take()) {
+        const int block = mine / runs, begin = mine % runs * run;
+        multiply(g, begin, std::min(g.panels, begin + run), tiles * block / blocks, tiles * (block + 1) / blocks);
+    }
 }
 
 struct Team {
@@ -285,6 +311,17 @@ void attend_all(const Program& p, const Step& step, const Operation& op, Dealer&
     }
 }
 
+void attend_whole_all(const Program& p, const Step& step, const Operation& op, Dealer& dealer) {
+    const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
+    const Whole whole{p.cache, step, op.window, op.scale, op.extra, static_cast<const float*>(in.data), in.stride,
+                      out.data, out.stride, out.precision == BF16};
+    thread_local Blocks blocks;
+    const int pieces = step.num_sequences * p.cache.heads;
+    // From the last to the first: the longer inputs stand last.
+    for (int mine = dealer.take(); mine < pieces; mine = dealer.take())
+        attend_whole(whole, blocks, step.num_sequences - 1 - mine / p.cache.heads, mine % p.cache.heads);
+}
+
 void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) {
     const Program& p = team.program;
     const Step& step = team.step;
@@ -313,7 +350,7 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
             const Weight& w = p.weights[op.weight];
             Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias};
             e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
-            run_product(product(w, in, e, step.num_rows), multiply_of(w, in), team.threads, dealer);
+            run_product(product(w, in, e, step.num_rows), in, multiply_of(w, in), team.threads, dealer);
             break;
         }
         case ROTATE_AND_STORE:
@@ -324,6 +361,20 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
                     rotate_and_store<Half>(p.cache, step, op.layer, row, floats(in, row));
                 }
             }
+            break;
+        case ADD_SEGMENTS:
+            for (int row = begin; row < end; row++) read_row(p.weights[op.weight], step.segments[row], floats(out, row), true);
+            break;
+        case ROTATE: {
+            const float *cos = op.window > 0 ? step.local_cos : step.cos, *sin = op.window > 0 ? step.local_sin : step.sin;
+            for (int row = begin; row < end; row++) {
+                const std::ptrdiff_t angles = static_cast<std::ptrdiff_t>(row) * (p.cache.head_dim / 2);
+                rotate(p.cache, cos + angles, sin + angles, floats(in, row));
+            }
+            break;
+        }
+        case ATTEND_WHOLE:
+            attend_whole_all(p, step, op, dealer);
             break;
         case ATTEND:
             if (p.cache_precision == FLOAT) {
@@ -353,6 +404,7 @@ void work(void* argument) {
 
 struct HeadWork {
     Gemm gemm;
+    const Buffer& in;
     Multiply multiply;
     int threads;
     Dealer dealer;
@@ -360,7 +412,7 @@ struct HeadWork {
 
 void work_head(void* argument) {
     HeadWork& head = *static_cast<HeadWork*>(argument);
-    run_product(head.gemm, head.multiply, head.threads, head.dealer);
+    run_product(head.gemm, head.in, head.multiply, head.threads, head.dealer);
 }
 
 struct PackWork {
@@ -376,6 +428,24 @@ void pack_row(const PackWork& p, int panel, int column, Convert convert) {
     using Value = typename T::Weight;
     Value* to = static_cast<Value*>(p.to) + static_cast<std::ptrdiff_t>(panel) * PANEL * p.depth;
     for (int k = 0; k < p.depth; k++) to[packed_index<T>(column, k)] = convert(k);
+}
+
+template <typename Value>
+void pack_blocks(const PackWork& p, int panel, int column, Value value) {
+    const int blocks = p.depth / Int4::BLOCK;
+    std::uint8_t* to = static_cast<std::uint8_t*>(p.to) + static_cast<std::ptrdiff_t>(panel) * Int4::BYTES * blocks;
+    for (int block = 0; block < blocks; block++, to += Int4::BYTES) {
+        float w[Int4::BLOCK];
+        for (int i = 0; i < Int4::BLOCK; i++) w[i] = value(block * Int4::BLOCK + i);
+        const Block packed = quantized(w);
+        for (int i = 0; i < Int4::BLOCK; i += Int4::STEP)
+            for (int byte = 0; byte < Int4::HELD; byte++)
+                to[(i / Int4::STEP * PANEL + column) * Int4::HELD + byte] =
+                    static_cast<std::uint8_t>(packed.values[i + byte] | packed.values[i + Int4::HELD + byte] << 4);
+        const std::uint16_t halves[] = {_cvtss_sh(packed.scale, 0), _cvtss_sh(packed.least, 0)};
+        for (int which = 0; which < 2; which++)
+            std::memcpy(to + Int4::VALUES + 2 * (which * PANEL + column), halves + which, sizeof halves[0]);
+    }
 }
 
 void pack_column(const PackWork& p, int panel, int column) {
@@ -394,6 +464,8 @@ void pack_column(const PackWork& p, int panel, int column) {
         } else {
             pack_row<Half>(p, panel, column, [&](int k) { return to_bf16(value(k)); });
         }
+    } else if (p.precision == INT4) {
+        pack_blocks(p, panel, column, value);
     } else {
         float highest = 0;
         for (int k = 0; k < p.depth; k++) highest = std::max(highest, std::fabs(value(k)));
@@ -430,7 +502,7 @@ void in_parallel(void (*function)(void*), void* argument, int threads) {
 extern "C" {
 
 // Bumped with any change of the structures or of a result's bits.
-std::int32_t salver_version() { return 3; }
+std::int32_t salver_version() { return 5; }
 
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
@@ -441,11 +513,8 @@ void salver_run(const Program* program, const Step* step, std::int32_t threads, 
 
 // float [rows, weight->rows] of rows of a buffer: the head.
 void salver_multiply(const Buffer* in, const Weight* weight, float* out, std::int32_t rows, std::int32_t threads) {
-    HeadWork head{};
     const Epilogue e{Epilogue::STORE, NONE, false, out, weight->rows, weight->rows, weight->bias};
-    head.gemm = product(*weight, *in, e, rows);
-    head.multiply = multiply_of(*weight, *in);
-    head.threads = threads;
+    HeadWork head{product(*weight, *in, e, rows), *in, multiply_of(*weight, *in), threads};
     in_parallel(work_head, &head, threads);
 }
 
