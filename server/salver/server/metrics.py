@@ -65,6 +65,12 @@ class Page(Protocol):
     def draft_tokens(self) -> int: ...
     @property
     def accepted_draft_tokens(self) -> int: ...
+    @property
+    def gpu_memory_used(self) -> int: ...
+    @property
+    def gpu_memory_total(self) -> int: ...
+    @property
+    def gpu_utilization(self) -> int: ...
 
 
 class WorkerView(Protocol):
@@ -127,6 +133,13 @@ class WorkerCollector(Collector):
             "Guesses at next tokens that were right.",
             page.accepted_draft_tokens if page else 0,
         )
+        if page and page.gpu_memory_total:
+            used, total = page.gpu_memory_used, page.gpu_memory_total
+            yield gauge("gpu_memory_used_bytes", "Memory of the GPU in use, by all processes.", used)
+            yield gauge("gpu_memory_total_bytes", "Memory of the GPU.", total)
+            if page.gpu_utilization:
+                share = (page.gpu_utilization - 1) / 100
+                yield gauge("gpu_utilization_ratio", "Share of the last second that the GPU computed.", share)
         yield counter("worker_restarts", "Worker processes started anew.", worker.restarts if worker else 0)
 
 

@@ -122,6 +122,8 @@ def _refuse_flags(config: EngineConfig) -> None:
     """Flags that would do nothing. Raises StartError."""
     if config.kv_cache_memory is not None:
         raise StartError("--kv-cache-memory: an encoder has no key-value cache")
+    if config.tensor_parallel_size > 1:
+        raise StartError("--tensor-parallel-size: not implemented for encoders")
     if config.adapters or config.more_adapters:
         flag = "--adapter" if config.adapters else "--adapter-root"
         raise StartError(f"{flag}: not implemented for encoders")
@@ -150,8 +152,8 @@ def use_kernels(config: EngineConfig, model: Encoder, threads: int) -> tuple[Enc
 
     A model that the native kernel does not know as a whole gives it the products alone.
     """
-    if config.quantization == "int4":
-        raise StartError("--quantization int4: not implemented for encoders; int8 is")
+    if config.quantization in ("int4", "fp8"):
+        raise StartError(f"--quantization {config.quantization}: not implemented for encoders; int8 is")
     quantized = config.quantization != "none"
     if config.kernels == "torch":
         if quantized:

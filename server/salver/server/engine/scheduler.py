@@ -353,6 +353,9 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             # Those behind keep a token each, or one long prompt would stall every stream.
+            if sequence.ending:
+                index += 1
+                continue
             behind = len(self.running) - index - 1
             start = sequence.num_computed_tokens
             num_tokens = min(sequence.num_tokens - start, budget - behind)

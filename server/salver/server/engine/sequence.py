@@ -23,6 +23,9 @@ def order_key(request: EngineRequest, sample_index: int, priority_interval: floa
     return (*order, request.request_id, sample_index)
 
 
+PENDING = -2  # stands for a token that the device has chosen and that is not read yet; see `overlap`
+
+
 class SequenceStatus(enum.Enum):
     """Where a sequence is. A held one waits for its leader's prompt, which it will share."""
 
@@ -133,6 +136,12 @@ class Sequence:
         if self.request.encoding is not None or not self.shares_prefix:
             return False
         return self.request.prompt_top_k is None or self.next_prompt_logprob >= self.num_prompt_tokens
+
+    @property
+    def ending(self) -> bool:
+        """Whether a token that is not read yet is its last one, whatever it is."""
+        full = self.generates and self.num_output_tokens >= self.request.stopping.max_tokens
+        return full and self.token_ids[-1] == PENDING
 
     @property
     def finished(self) -> bool:

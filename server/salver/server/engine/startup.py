@@ -20,15 +20,33 @@ from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
 from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
+from salver.model.parallel import Ranks
 from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, SourceDecoder, Transformer
 from salver.server.engine.changes import AdapterFacts, AdapterSource
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
+from salver.server.engine.device_startup import (
+    BLOCK_SIZE as BLOCK_SIZE,
+)
+from salver.server.engine.device_startup import (
+    choose_block_size,
+    decode_graphs,
+    fix_rows,
+    free_memory,
+    make_cache,
+    overlaps,
+    quantize_weights,
+    start_ranks,
+)
 from salver.server.engine.draft_model import DraftModel
 from salver.server.engine.drafts import PromptLookup, Speculation, StepCosts
+from salver.server.engine.errors import StartError as StartError
 from salver.server.engine.grammar import Grammars, load_vocabulary
+from salver.server.engine.launching import LaunchingModelRunner
+from salver.server.engine.overlap import OverlappedCore
+from salver.server.engine.ranks import PadExperts, ParallelTransformer
 from salver.server.engine.request import Measured, Ready
 from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.runner import ModelRunner
@@ -36,17 +54,12 @@ from salver.server.engine.source_reader import SourceReader
 from salver.server.engine.status_page import StatusPage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BLOCK_SIZE = 16
 DEFAULT_NUM_SEQS = {"cpu": 32, "cuda": 256}
 CPU_CACHE_BYTES = 192 << 20  # at least, and enough for one whole context
 STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
 WARM_UP_TOKENS = 128
 WARM_UP_RUNS = 2
 COST_ROWS = (1, 8, 32)  # steps of so many sequences are timed, to know what a draft costs
-
-
-class StartError(Exception):
-    """The engine cannot start, and why, for a person: names the flag, the file or the tensor."""
 
 
 def start_engine(
@@ -60,32 +73,42 @@ def start_engine(
     device = find_device(config)
     threads = use_threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    model = _load(config, str(weights_directory(config)), device, dtype)
+    group = start_ranks(config, device)
+    weights = str(weights_directory(config))
+    model = _load(config, weights, device, dtype, None if group is None else group.ranks)
+    quantize_weights(config, model)
     spec, loaded = model.spec, model.loaded
     _refuse_flags(config, spec)
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
     timer.done("load weights")
     max_model_len = _max_model_len(config, spec)
-    block_size = config.block_size or BLOCK_SIZE
+    block_size = config.block_size or choose_block_size(model)
     max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
-    num_blocks = _num_blocks(config, spec, dtype, device, block_size, max_model_len, max_num_seqs)
+    parallel = None if group is None else ParallelTransformer.of(model, group)
+    num_blocks = _num_blocks(config, model, parallel, draft, dtype, block_size, max_model_len, max_num_seqs)
     try:
-        cache = KVCache(spec, num_blocks, block_size, dtype=dtype, device=device)
+        cache = make_cache(model, parallel, num_blocks, block_size, dtype)
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
-    decoder, kernels = decoder_of(config, model, cache, threads)
+    if parallel is None:
+        decoder, kernels = decoder_of(config, model, cache, threads)
+    else:
+        decoder, kernels = parallel, f"torch ({config.tensor_parallel_size} ranks)"
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
     # The kernel's rows don't know one another; torch's may.
-    multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
+    fixed = 0 if native else fix_rows(config, model)
+    multiple = 1 if native or fixed or config.numerics == "fast" else row_multiple(model)
     model.pad_experts(multiple)
+    if group is not None:
+        group.send(PadExperts(multiple))
     timer.done("probe numerics")
     adapters, lost = load_adapters(config, model, multiple)
     if config.adapters:
         timer.done("load adapters")
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
-    runner = ModelRunner(
+    runner = LaunchingModelRunner(
         decoder,
         cache,
         block_size=block_size,
@@ -98,6 +121,7 @@ def start_engine(
         if spec.encoder is None
         else SourceReader(cast(SourceDecoder, decoder), cache, row_multiple=multiple, on_progress=page.bump),
     )
+    runner.graphs = decode_graphs(config, runner, device_name(device), max_num_seqs, max_model_len)
     speed, one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
@@ -110,7 +134,8 @@ def start_engine(
     roofline = measure_roofline(stored, dtype, device, config.quantization)
     measured = Measured(loaded, held_bytes(stored), roofline, speed, one)
     timer.done("measure the device")
-    speculation = _speculation(config, runner, draft, num_blocks, threads, budget)
+    overlapped = overlaps(config, device, spec)
+    speculation = None if overlapped else _speculation(config, runner, draft, num_blocks, threads, budget)
     if speculation is not None:
         timer.done("time steps")
     limits = EngineLimits(
@@ -130,9 +155,11 @@ def start_engine(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=decoder.num_parameters(), phases=phases, measured=measured,
         adapters=() if adapters is None else tuple(facts_of(*item) for item in adapters.adapters.items()),
-        lost_adapters=lost,
+        lost_adapters=lost, fixed_rows=fixed,
     )  # fmt: skip
     grammars.warm_beside()
+    if overlapped:
+        return OverlappedCore(runner, limits, clock=time.monotonic), ready
     return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
 
 
@@ -150,6 +177,7 @@ def describe(
     measured: Measured,
     adapters: tuple[AdapterFacts, ...] = (),
     lost_adapters: tuple[tuple[str, str], ...] = (),
+    fixed_rows: int = 0,
 ) -> Ready:
     """What the front is told of a warm engine; `kernels` is "native", or torch and why."""
     return Ready(
@@ -158,7 +186,7 @@ def describe(
         quantization=config.quantization,
         torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
         kernels=kernels,
-        numerics_id=numerics_id_of(config, device, dtype, threads, multiple, kernels),
+        numerics_id=numerics_id_of(config, device, dtype, threads, multiple, kernels, fixed_rows),
         num_parameters=num_parameters,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
@@ -173,7 +201,13 @@ def describe(
 
 
 def numerics_id_of(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, threads: int, multiple: int, kernels: str
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int,
+    multiple: int,
+    kernels: str,
+    fixed_rows: int = 0,
 ) -> str:
     """See `numerics.numerics_id`; `kernels` as `describe` has it."""
     return numerics_id(
@@ -185,6 +219,8 @@ def numerics_id_of(
         threads=threads,
         row_multiple=multiple,
         kernel=build.numerics() if kernels == "native" else "",
+        ranks=config.tensor_parallel_size,
+        fixed_rows=fixed_rows,
     )
 
 
@@ -206,10 +242,18 @@ def weights_directory(config: EngineConfig) -> Path:
     return directory
 
 
-def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+def _load(
+    config: EngineConfig,
+    checkpoint: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+) -> Transformer:
     try:
         name = weights_dtype_name(str(dtype).removeprefix("torch."), config.quantization)
-        return load_model(Path(checkpoint), device=device, dtype=DTYPES[name], numerics=config.numerics)
+        return load_model(
+            Path(checkpoint), device=device, dtype=DTYPES[name], numerics=config.numerics, ranks=ranks
+        )
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -353,6 +397,10 @@ def use_threads(config: EngineConfig) -> int:
 def decoder_of(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
     quantized = config.quantization != "none"
+    if model.device.type == "cuda":
+        return model, "torch"
+    if config.quantization == "fp8":
+        raise StartError("--quantization fp8: it is for GPUs (--quantization int8)")
     if config.kernels == "torch":
         if quantized:
             raise StartError(f"--quantization {config.quantization}: it needs --kernels native or auto")
@@ -390,22 +438,35 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 
 def _num_blocks(
     config: EngineConfig,
-    spec: ModelSpec,
+    model: Transformer,
+    parallel: ParallelTransformer | None,
+    draft: Transformer | None,
     dtype: torch.dtype,
-    device: torch.device,
     block_size: int,
     max_model_len: int,
     max_num_seqs: int,
 ) -> int:
     """Blocks that fit in the cache's memory, the null block among them; unasked, no more than can be used."""
+    spec = model.spec
     per_block = KVCache.bytes_per_block(spec, block_size, dtype)
     source = 0 if spec.encoder is None else -(-spec.encoder.max_input_tokens // block_size)
     whole_context = (-(-max_model_len // block_size) + 1 + source) * per_block
     most = max_num_seqs * whole_context
     if config.kv_cache_memory is not None:
         memory = config.kv_cache_memory
-    elif device.type == "cuda":
-        memory = min(int(torch.cuda.mem_get_info(device)[0] * 0.85), most)
+    elif model.device.type == "cuda":
+        # A draft model's cache has as many blocks.
+        drafts = 0 if draft is None else KVCache.bytes_per_block(draft.spec, block_size, draft.dtype)
+
+        def budget_of(runner: ModelRunner) -> int:
+            return config.max_num_batched_tokens or _token_budget(
+                _speed(runner, max_model_len)[0], max_num_seqs
+            )
+
+        found = free_memory(config, model, parallel, block_size, max_num_seqs, budget_of)
+        if found.cache < 2 * (per_block + drafts):
+            raise StartError(f"--gpu-memory-utilization: nothing is left for the key-value cache: {found}")
+        memory = min(found.cache // (per_block + drafts) * per_block, most)
     else:
         memory = max(min(CPU_CACHE_BYTES, most), whole_context)
     blocks = memory // per_block
