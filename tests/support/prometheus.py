@@ -25,11 +25,15 @@ def free_port() -> int:
     return port
 
 
-def scraping(server: Server, **labels: str) -> dict[str, Any]:
-    """A configuration that looks at the server five times a second."""
+def scraping(server: Server, interval: str = "200ms", **labels: str) -> dict[str, Any]:
+    """A configuration that looks at the server, and at rules, so often."""
     target = urllib.parse.urlsplit(server.metrics_url)
     return {
-        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"},
+        "global": {
+            "scrape_interval": interval,
+            "scrape_timeout": interval,
+            "evaluation_interval": interval,
+        },
         "scrape_configs": [
             {
                 "job_name": "salver",
