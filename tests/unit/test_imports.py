@@ -25,7 +25,7 @@ WORKER = tuple(
         *("attention_rows", "batch", "device_memory", "device_startup", "draft_model"),
         *("encoder_runner", "encoder_startup"),
         *("gpu_gauges", "graphs", "launching", "rank", "ranks", "readouts"),
-        *("roofline", "runner", "source_reader", "startup", "updates", "worker"),
+        *("roofline", "runner", "source_reader", "startup", "updates", "weight_staging", "worker"),
     )
 )  # fmt: skip
 PURE = tuple(

@@ -1,6 +1,13 @@
 """Salver's Python client: typed, light, synchronous and asynchronous."""
 
-from salver.client.admin import Adapter, AdapterLoad, AdapterUnload, AdminClient, AsyncAdminClient
+from salver.client.admin import (
+    Adapter,
+    AdapterLoad,
+    AdapterUnload,
+    AdminClient,
+    AsyncAdminClient,
+    WeightsUpdate,
+)
 from salver.client.async_client import AsyncClient, AsyncStream
 from salver.client.client import Client, Stream
 from salver.client.encoding import (
@@ -166,5 +173,6 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "WeightsUpdate",
     "token_from_file",
 ]

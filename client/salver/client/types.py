@@ -188,6 +188,7 @@ class GenerateResult:
     """A whole answer; in a stream, one message of it.
 
     `configuration` is what the request was answered with, by name; in a stream, in the first message.
+    `weights_version` rises with every update of the server's weights (docs/weights.md).
     """
 
     request_id: str
@@ -200,6 +201,7 @@ class GenerateResult:
     numerics_id: str = ""
     prompt_token_ids: tuple[int, ...] = ()
     configuration: Mapping[str, Setting] = field(default_factory=dict)
+    weights_version: int = 0
 
     @property
     def text(self) -> str:
@@ -255,6 +257,7 @@ class Model:
     base: str = ""
     embedding_dimensions: int | None = None
     labels: tuple[str, ...] = ()
+    weights_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +288,7 @@ class ServerInfo:
     torch_version: str
     startup_phases: dict[str, float] = field(default_factory=dict)
     worker_restarts: int = 0
+    weights_version: int = 0
 
 
 class GenerationOptions(TypedDict, total=False):

@@ -148,8 +148,9 @@ def check_adapters(config: ServerConfig, name: str) -> None:
     """Raises StartError for an adapter that has the model's own name, and for a root that is not there."""
     if name in dict(config.adapter):
         raise StartError(f"--adapter {name}: that is the name of the model (--served-name)")
-    if config.adapter_root is not None and not config.adapter_root.is_dir():
-        raise StartError(f"--adapter-root {config.adapter_root}: is no directory")
+    for flag, root in (("--adapter-root", config.adapter_root), ("--weights-root", config.weights_root)):
+        if root is not None and not root.is_dir():
+            raise StartError(f"{flag} {root}: is no directory")
 
 
 def served_name(config: ServerConfig) -> str:
@@ -405,6 +406,7 @@ class Application:
             )
         self.front.serve(model, self.engine)
         self.rpc.adapters.serve(self.engine)
+        self.rpc.weights.serve(self.engine)
         self.rpc.set_ready(True)
         phases.add("since torch was imported", after_torch + time.monotonic() - ready_at)
         phases.add("since the process started", _process_age())

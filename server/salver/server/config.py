@@ -384,6 +384,7 @@ def _check_ranks(config: ServerConfig, parser: configargparse.ArgumentParser) ->
     for flag, given in (
         ("--adapter", bool(config.adapter)),
         ("--adapter-root", config.adapter_root is not None),
+        ("--weights-root", config.weights_root is not None),
         ("--quantization", config.quantization != "none"),
         ("--speculative-model", config.speculative_model is not None),
         ("--kernels native", config.kernels == "native"),

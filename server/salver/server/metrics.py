@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     Info,
     ProcessCollector,
@@ -205,6 +206,15 @@ class Metrics:
             "step_model_duration_seconds", "Of a step, inside the model's forward pass.", STEP_BUCKETS
         )
 
+        self._weights_version = Gauge(
+            "salver_weights_version", "Of the base's weights: 1 at the start, one more with every update.",
+            ["model"], registry=self.registry,
+        ).labels(model)  # fmt: skip
+        self._weights_version.set(1)
+        self._weights_pause = histogram(
+            "weights_update_pause_seconds", "How long steps stood still for other weights.", LATENCY_BUCKETS
+        )
+
         rejections = Counter(
             "salver_rejections_total", "Requests refused: for want of capacity, or of the right to call.",
             ["model", "reason"], registry=self.registry,
@@ -262,6 +272,11 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """A request was refused; `reason` is one of REJECTIONS."""
         self._rejections[reason].inc()
+
+    def weights_updated(self, version: int, pause: float) -> None:
+        """Other weights are in force; steps stood still for so many seconds."""
+        self._weights_version.set(version)
+        self._weights_pause.observe(pause)
 
     def reloaded(self, what: str, good: bool) -> None:
         """The files of `what` (one of RELOADS) had changed, and were good or not."""

@@ -158,6 +158,10 @@ class Compiled:
         )
         return len(self._weights) - 1
 
+    def _aliases(self) -> list[CBuffer]:
+        """Further buffers, which are parts of the others."""
+        return []
+
     def _reserve(self, rows: int) -> bool:
         """Room for a step of so many rows. Returns whether the buffers are new."""
         if rows <= self._rows:
@@ -183,6 +187,7 @@ class Compiled:
             )
             for number, (tensor, buffer) in enumerate(zip(self._tensors, self._buffers, strict=True))
         ]  # fmt: skip
+        buffers += self._aliases()
         program = self._program
         self._c_buffers = (CBuffer * len(buffers))(*buffers)
         self._c_weights = (CWeight * len(self._weights))(*self._weights)

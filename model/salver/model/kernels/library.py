@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .build import KernelUnavailable
 
-VERSION = 5
+VERSION = 6
 PANEL = 32  # columns of a packed panel
 LANES = 16
 TILE = 64  # keys of a tile of attention
@@ -67,6 +67,7 @@ class Kind(IntEnum):
     ADD_SEGMENTS = 8
     ROTATE = 9
     ATTEND_WHOLE = 10
+    ATTEND_SOURCE = 11
 
 
 class Epilogue(IntEnum):
@@ -172,6 +173,7 @@ class CStep(ctypes.Structure):
         ("sin", c_void_p),
         ("local_cos", c_void_p),
         ("local_sin", c_void_p),
+        ("source", c_void_p),
     )
 
 

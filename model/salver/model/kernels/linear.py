@@ -79,6 +79,15 @@ def use_native_head(model: Encoder, library: Library, threads: int) -> None:
         head.bias = None  # it is in the product
 
 
+def replace_products(model: nn.Module, library: Library, threads: int) -> None:
+    """Gives every linear map below `model` to the kernel, in float32. Raises KernelUnavailable."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            parent, _, attribute = name.rpartition(".")
+            native = NativeLinear(module.weight, module.bias, library, threads)
+            setattr(model.get_submodule(parent), attribute, native)
+
+
 def use_native_products(model: Encoder, library: Library, threads: int) -> None:
     """Gives every linear map of a float32 encoder to the kernel, which packs and so takes over its weights.
 

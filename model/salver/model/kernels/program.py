@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable
 
@@ -127,19 +128,13 @@ class NativeTransformer(Compiled):
         rows = token_ids.numel()
         self._reserve(rows)
         cache.begin_step(attention)
-        starts = torch.tensor(attention.cu_seqlens_q, dtype=torch.int32)
-        lengths = torch.tensor(attention.seq_lens, dtype=torch.int32)
-        step = CStep(
-            num_rows=rows,
-            num_sequences=lengths.numel(),
-            token_ids=token_ids.data_ptr(),
-            positions=positions.data_ptr(),
-            slots=attention.slot_mapping.data_ptr(),
-            query_starts=starts.data_ptr(),
-            lengths=lengths.data_ptr(),
-            block_tables=attention.block_tables.data_ptr(),
-            table_stride=attention.block_tables.stride(0),
-        )
+        step, kept = _c_step(rows, attention)
+        step.token_ids, step.positions = token_ids.data_ptr(), positions.data_ptr()
+        if self.spec.encoder is not None:
+            assert attention.source is not None, "the step says nothing of its sources"
+            over, also_kept = _c_step(rows, attention.source)
+            step.source = ctypes.addressof(over)
+            kept += also_kept
         if self._rope is not None:
             angles = positions.to(torch.float32)[:, None] * self._rope
             cos, sin = angles.cos(), angles.sin()
@@ -186,16 +181,39 @@ class NativeTransformer(Compiled):
 KNOWN_DIFFERENCES = frozenset({"attention_multiplier"})
 
 
+def _c_step(rows: int, batch: AttentionBatch) -> tuple[CStep, list[Tensor]]:
+    """Who attends to what; and the tensors that must live as long."""
+    starts = torch.tensor(batch.cu_seqlens_q, dtype=torch.int32)
+    lengths = torch.tensor(batch.seq_lens, dtype=torch.int32)
+    step = CStep(
+        num_rows=rows,
+        num_sequences=lengths.numel(),
+        slots=batch.slot_mapping.data_ptr(),
+        query_starts=starts.data_ptr(),
+        lengths=lengths.data_ptr(),
+        block_tables=batch.block_tables.data_ptr(),
+        table_stride=batch.block_tables.stride(0),
+    )
+    return step, [starts, lengths]
+
+
 def unsupported(spec: ModelSpec) -> str | None:
     """What of the architecture the kernel does not do; None: it does all of it."""
+    known = KNOWN_DIFFERENCES
+    if spec.encoder is not None:
+        from . import seq2seq  # it needs this module
+
+        known = seq2seq.KNOWN_DIFFERENCES
     for name in spec.differences():
-        if name not in KNOWN_DIFFERENCES:
+        if name not in known:
             value = getattr(spec, name)
             shown = f" = {value!r}" if isinstance(value, str | int | float) else ""
             return f"it does not do {name}{shown}"
     norm, positions = spec.norm, spec.positions
     if not norm.weight or norm.offset or norm.has_bias != (norm.kind == "layer"):
         return f"it does not do {norm}"
+    if spec.encoder is not None:
+        return seq2seq.unsupported_positions(spec)
     if positions == LearnedPositions():
         return None
     if not isinstance(positions, RopePositions):

@@ -32,7 +32,8 @@ class BeamGroup:
 
     def __init__(self, leader: Sequence, params: BeamParams) -> None:
         self.request = leader.request
-        self.search = BeamSearch(params, leader.request.stopping)
+        request = leader.request
+        self.search = BeamSearch(params, request.stopping, max(0, request.num_start_tokens - 1))
         self.live = [leader]  # the sequence of each of the search's beams
         self.spare: list[Sequence] = []  # hold nothing, for beams to come
         self.candidates: dict[Sequence, list[Candidate]] = {}  # of the beams that are computed already
@@ -172,7 +173,7 @@ class BeamGroups:
         pool.share(table)
         if part:
             copy = pool.allocate(1)
-            self._scheduler.copies.append((parent.block_table[full], *copy))
+            self._scheduler.copies.append((parent.block_table[full], copy[0]))
             table += copy
         return table
 

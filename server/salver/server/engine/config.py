@@ -35,7 +35,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory, for weights, steps and cache
     enable_prefix_caching: bool = True
     priority_interval: float = 1.0  # seconds of waiting that one priority level is worth
-    weights_digest: str = ""
+    weights: str = ""  # a directory of other weights than the checkpoint's, which came later; empty: none
+    weights_digest: str = ""  # of the weights in force
     check_integrity: bool = False  # after every step, for tests
     speculation: str = "off"  # off | ngram | draft
     speculation_chosen: bool = False  # nobody asked for it: where it costs more than it brings it is off

@@ -203,6 +203,12 @@ class EngineCore:
             return None
         return StepMessage(pending.outputs, pending.started, stats)
 
+    def weights_changed(self) -> None:
+        """What other weights computed is found no more. Unfinished sequences go on over it, by themselves."""
+        self.pool.reset_prefix_cache()
+        for sequence in self.scheduler.unfinished():
+            sequence.shares_prefix = False
+
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every block is accounted for. For idle moments: it looks at all."""
         self.scheduler.check_integrity()

@@ -41,6 +41,11 @@ class EncoderRunner:
         self._dense = dense
         self._on_progress = on_progress
 
+    @property
+    def has_dense(self) -> bool:
+        """Whether pooled vectors go through dense modules of the checkpoint."""
+        return self._dense is not None
+
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; an input whose answer is not numbers fails alone. Raises OutOfMemory."""
         return within_memory(self._compute, schedule, self.device)

@@ -35,6 +35,7 @@ from salver.server.engine.startup import (
     load_dense,
     start_engine,
     use_threads,
+    weights_directory,
 )
 from salver.server.engine.status_page import StatusPage
 
@@ -76,7 +77,7 @@ def start_encoder(
     model, dense = _load(config, spec, device), load_dense(config, spec.hidden_size)
     parameters, dtype, loaded = model.num_parameters(), model.dtype, model.loaded
     timer.done("load weights")
-    computing, kernels = _computing(config, model, threads)
+    computing, kernels = use_kernels(config, model, threads)
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
     linear = [module for module in model.modules() if isinstance(module, Linear)]
@@ -130,19 +131,23 @@ def _refuse_flags(config: EngineConfig) -> None:
         raise StartError("--speculative-model: an encoder generates nothing")
 
 
-def _load(config: EngineConfig, spec: EncoderSpec, device: torch.device) -> Encoder:
-    """In float32 on a CPU unless told: who reads embeddings compares numbers, and it is as fast there."""
+def encoder_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """float32 on a CPU unless told: who reads embeddings compares numbers, and it is as fast there."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = auto if config.dtype == "auto" else DTYPES[config.dtype]
+    return auto if config.dtype == "auto" else DTYPES[config.dtype]
+
+
+def _load(config: EngineConfig, spec: EncoderSpec, device: torch.device) -> Encoder:
+    dtype = encoder_dtype(config, device)
     try:
-        return load_encoder(Path(config.checkpoint), spec, device=device, dtype=dtype)
+        return load_encoder(weights_directory(config), spec, device=device, dtype=dtype)
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
 
 
-def _computing(config: EngineConfig, model: Encoder, threads: int) -> tuple[Encoder | NativeEncoder, str]:
+def use_kernels(config: EngineConfig, model: Encoder, threads: int) -> tuple[Encoder | NativeEncoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError.
 
     A model that the native kernel does not know as a whole gives it the products alone.

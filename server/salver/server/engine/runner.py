@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from salver.model.sampling import (
     token_logprobs,
 )
 from salver.model.transfer import tensor_on
-from salver.model.transformer import Decoder, OnAttention
+from salver.model.transformer import Decoder, OnAttention, SourceDecoder
 from salver.server.engine.attention_rows import AttentionRows
 from salver.server.engine.batch import Batch, Part, build_batch
 from salver.server.engine.beam import Candidate, num_candidates
@@ -73,6 +73,17 @@ class ModelRunner:
         self.adapters = adapters
         self.graphs = graphs
         self._sources = sources
+
+    def replace_model(self, model: Decoder) -> None:
+        """Computes with another model of the same spec and device from now on."""
+        self.model = model
+        if self._sources is not None:
+            self._sources.replace_model(cast(SourceDecoder, model))
+
+    def progress(self) -> None:
+        """A sign of life, from between steps."""
+        if self._on_progress is not None:
+            self._on_progress()
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
@@ -164,7 +175,8 @@ class ModelRunner:
             if not _are_numbers(logits):
                 result.error = "the model's logits are not numbers"
                 return
-            (row,) = sampling_rows(item.sequence)
+            mask = None if self.grammars is None else self.grammars.masks([(item.sequence, ())])[0]
+            (row,) = sampling_rows(item.sequence, masks=mask)
             result.arrays = distribution_arrays(distributions(logits, row, encoding.top_k), encoding.top_k)
 
     def logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
@@ -231,6 +243,8 @@ class ModelRunner:
         found = candidates(logits, [sampling_rows(s)[0] for s in sequences], counts)
         for row, (i, sequence, pairs) in enumerate(zip(beams, sequences, found, strict=True)):
             request = sequence.request
+            if sequence.end_is_forced(sequence.num_output_tokens):
+                pairs = [(token_id, 0.0) for token_id, _ in pairs]  # as in transformers: it is sure
             if not _are_numbers(logits[row]):
                 results[i].error = "the model's logits are not numbers"
             elif request.output_top_k is None:

@@ -236,7 +236,7 @@ class Scheduler:
             self.pool.give_back(sequence.block_table[needed:])
             del sequence.block_table[needed:]
         full = min(sequence.num_computed_tokens // size, len(sequence.block_table))
-        if full > sequence.num_registered_blocks:
+        if full > sequence.num_registered_blocks and sequence.shares_prefix:
             digests = sequence.digests(size, full * size)
             for index in range(sequence.num_registered_blocks, full):
                 self.pool.register(sequence.block_table[index], digests[index])

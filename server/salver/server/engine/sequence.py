@@ -65,6 +65,7 @@ class Sequence:
         "preemptions",
         "request",
         "sample_index",
+        "shares_prefix",
         "source_read",
         "status",
         "steps",
@@ -104,6 +105,7 @@ class Sequence:
         self.last_token: float | None = None
         self.steps = 0
         self.preemptions = 0
+        self.shares_prefix = True  # unless several weights have computed it
         self.grammar_state: object | None = None  # the runner's; a function of the tokens
         self._digests: list[bytes] = []
 
@@ -128,7 +130,7 @@ class Sequence:
     @property
     def reads_prefix_cache(self) -> bool:
         """A hit skips positions, so a prompt of which every position is still to be read takes none."""
-        if self.request.encoding is not None:
+        if self.request.encoding is not None or not self.shares_prefix:
             return False
         return self.request.prompt_top_k is None or self.next_prompt_logprob >= self.num_prompt_tokens
 

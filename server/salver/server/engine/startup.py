@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
 
 from salver.model.adapters import Adapter, AdapterSet, load_adapter
 from salver.model.cache import KVCache
+from salver.model.checkpoint import weights_digest
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
 from salver.model.errors import CheckpointError
@@ -72,7 +74,8 @@ def start_engine(
     threads = use_threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     group = start_ranks(config, device)
-    model = _load(config, config.checkpoint, device, dtype, None if group is None else group.ranks)
+    directory = str(weights_directory(config))
+    model = _load(config, directory, device, dtype, None if group is None else group.ranks)
     quantize_weights(config, model)
     spec, loaded = model.spec, model.loaded
     _refuse_flags(config, spec)
@@ -89,7 +92,7 @@ def start_engine(
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
     if parallel is None:
-        decoder, kernels = _decoder(config, model, cache, threads)
+        decoder, kernels = decoder_of(config, model, cache, threads)
     else:
         decoder, kernels = parallel, f"torch ({config.tensor_parallel_size} ranks)"
     native = kernels == "native"
@@ -183,18 +186,7 @@ def describe(
         quantization=config.quantization,
         torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
         kernels=kernels,
-        numerics_id=numerics_id(
-            device,
-            dtype,
-            weights_digest=config.weights_digest,
-            quantization=config.quantization,
-            numerics=config.numerics,
-            threads=threads,
-            row_multiple=multiple,
-            kernel=build.numerics() if kernels == "native" else "",
-            ranks=config.tensor_parallel_size,
-            fixed_rows=fixed_rows,
-        ),
+        numerics_id=numerics_id_of(config, device, dtype, threads, multiple, kernels, fixed_rows=fixed_rows),
         num_parameters=num_parameters,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
@@ -206,6 +198,49 @@ def describe(
         lost_adapters=lost_adapters,
         measured=measured,
     )
+
+
+def numerics_id_of(
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int,
+    multiple: int,
+    kernels: str,
+    *,
+    fixed_rows: int,
+) -> str:
+    """See `numerics.numerics_id`; `kernels` as `describe` has it."""
+    return numerics_id(
+        device,
+        dtype,
+        weights_digest=config.weights_digest,
+        quantization=config.quantization,
+        numerics=config.numerics,
+        threads=threads,
+        row_multiple=multiple,
+        kernel=build.numerics() if kernels == "native" else "",
+        ranks=config.tensor_parallel_size,
+        fixed_rows=fixed_rows,
+    )
+
+
+def weights_directory(config: EngineConfig) -> Path:
+    """Where the weights are: the checkpoint's, or those that came later. Raises StartError.
+
+    The latter were read once and are promised by their digest, so they are looked at again.
+    """
+    if not config.weights:
+        return Path(config.checkpoint)
+    directory = Path(config.weights)
+    try:
+        with TemporaryDirectory() as nothing_known:
+            digest = weights_digest(directory, Path(nothing_known))
+    except CheckpointError as error:
+        raise StartError(f"the weights that were served cannot be had again: {error}") from error
+    if digest != config.weights_digest:
+        raise StartError(f"{directory}: the weights have changed since they were served")
+    return directory
 
 
 def _load(
@@ -230,8 +265,8 @@ def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
     """What is not implemented for encoder-decoders. Raises StartError."""
     if spec.encoder is None:
         return
-    if config.adapters:
-        raise StartError(f"--adapter: not implemented for encoder-decoders ({spec.architecture})")
+    if config.adapters or config.more_adapters:
+        raise StartError(f"adapters are not implemented for encoder-decoders ({spec.architecture})")
     if config.speculation == "draft":
         raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
 
@@ -312,7 +347,7 @@ def _speculation(
             cache = KVCache(draft.spec, num_blocks, size, dtype=dtype, device=draft.device)
         except (MemoryError, RuntimeError) as error:
             raise StartError(f"--speculative-model: its cache could not be allocated: {error}") from error
-        decoder, kernels = _decoder(config, draft, cache, threads)
+        decoder, kernels = decoder_of(config, draft, cache, threads)
         multiple = 1 if kernels == "native" else runner.row_multiple
         small = ModelRunner(decoder, cache, block_size=size, row_multiple=multiple)
         drafter = DraftModel(small, _step_costs(small, budget), max_tokens=budget)
@@ -360,7 +395,7 @@ def use_threads(config: EngineConfig) -> int:
     return threads
 
 
-def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
+def decoder_of(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
     quantized = config.quantization != "none"
     if model.device.type == "cuda":
@@ -377,12 +412,14 @@ def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: 
         # Not before it is wanted: a start with torch alone shall not pay for it.
         from salver.model.kernels.library import Library, Precision
         from salver.model.kernels.program import NativeTransformer
+        from salver.model.kernels.seq2seq import NativeSeq2Seq
 
         library = Library(Path(config.kernel_library))
         precision = Precision.FLOAT32 if model.dtype == torch.float32 else Precision.BFLOAT16
         if quantized:
             precision = Precision[config.quantization.upper()]
-        return NativeTransformer(model, cache, library, precision=precision, threads=threads), "native"
+        kind = NativeTransformer if model.encoder is None else NativeSeq2Seq
+        return kind(model, cache, library, precision=precision, threads=threads), "native"
     except KernelUnavailable as error:
         if config.kernels == "native":
             raise StartError(f"--kernels native: {error}") from error

@@ -14,7 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from salver.server.engine.changes import DropAdapter, LoadAdapter
+from salver.server.engine.changes import ApplyWeights, DropAdapter, DropWeights, LoadAdapter, StageWeights
 from salver.server.engine.channel import Channel, ChannelClosed
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore
@@ -62,7 +62,7 @@ def _serve(channel: Channel, page: StatusPage) -> int:
     from salver.server.engine.gpu_gauges import GpuGauges
 
     channel.send(ready)
-    _loop(channel, page, core, Updates(core), GpuGauges.of_this_process(page))
+    _loop(channel, page, core, Updates(core, config, ready), GpuGauges.of_this_process(page))
     return 0
 
 
@@ -89,7 +89,7 @@ def _loop(
                     core.add(request)
                 case Abort(request_id, sample_index):
                     core.abort(request_id, sample_index)
-                case LoadAdapter() | DropAdapter():
+                case LoadAdapter() | DropAdapter() | StageWeights() | ApplyWeights() | DropWeights():
                     updates.begin(message)
                 case Shutdown():
                     return

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
+from numpy.typing import NDArray
 
 from salver.model.tokenizer import Tokenizer
 from salver.server.engine.outputs import CompletionDelta, StopMatch
@@ -23,6 +26,23 @@ def duration(seconds: float) -> Duration:
     result = Duration()
     result.FromNanoseconds(round(seconds * 1e9))
     return result
+
+
+def add_floats(message: Any, field: str, values: NDArray[Any]) -> None:
+    """Adds numbers to a repeated float field as the bytes of the wire: a Python float each takes ten times
+    as long, for vectors on the front's one thread."""
+    raw = np.ascontiguousarray(values, dtype="<f4").tobytes()
+    tag = message.DESCRIPTOR.fields_by_name[field].number << 3 | 2
+    message.MergeFromString(_varint(tag) + _varint(len(raw)) + raw)
+
+
+def _varint(value: int) -> bytes:
+    """As protobuf writes an unsigned number: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*found, value))
 
 
 def token_logprob(logprobs: Logprobs, tokenizer: Tokenizer) -> common_pb2.TokenLogprob:

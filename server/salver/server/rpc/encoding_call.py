@@ -88,6 +88,7 @@ class NextToken:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     stopping: StoppingParams = field(default_factory=lambda: StoppingParams(max_tokens=0))
     output_token_ids: tuple[int, ...] = ()
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,7 @@ class EncodingCall:
             arrival=self._arrival,
             encoding=encoding,
             adapter=self._adapter,
+            grammar=next_token.grammar,
         )
 
     def _timings(self) -> SequenceTimings:
@@ -262,6 +264,7 @@ class EngineCalls:
             model=model.name,
             usage=common_pb2.Usage(prompt_tokens=computed.num_tokens),
             timings=convert.timings(computed.timings, time.monotonic() - arrival),
-            numerics_id=model.ready.numerics_id,
+            numerics_id=model.numerics_id,
+            weights_version=model.in_force.version,
             **fields,
         )

@@ -149,7 +149,8 @@ async def score(
         results=[_result(prompt, logprobs, model) for prompt, logprobs in zip(prompts, scored, strict=True)],
         usage=common_pb2.Usage(prompt_tokens=sum(sink.request.num_input_tokens for sink in sinks)),
         timings=convert.timings(timings, total),
-        numerics_id=model.ready.numerics_id,
+        numerics_id=model.numerics_id,
+        weights_version=model.in_force.version,
     )
 
 

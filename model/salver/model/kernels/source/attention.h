@@ -45,6 +45,8 @@ struct Step {
     const float* sin;
     const float* local_cos;           // of layers with a window, of encoders alone
     const float* local_sin;
+    const Step* source;               // of an encoder-decoder: every row as a sequence of one query at the end of
+                                      // its source; or null
 };
 
 struct CacheShape {
@@ -336,6 +338,9 @@ struct Attention {
     void* out;           // [rows, out_stride]
     std::ptrdiff_t out_stride;
     bool to_bf16;
+    // [heads, reach + TILE], in powers of two: entry reach - 1 - d is what a key gets at distance d; or null.
+    const float* distances;
+    int reach;
 };
 
 template <typename T, int ROWS>
@@ -351,7 +356,10 @@ void attend_rows(const Attention& a, int sequence, int kv_head, int first) {
     };
     for (int r = 0; r < ROWS; r++) {
         const auto [position, column] = place(r);
-        walk.set(r, a.heads + (start + position) * a.stride + column, past + position + 1);
+        const int keys = past + position + 1;
+        const float* bias = nullptr;
+        if (a.distances != nullptr) bias = a.distances + column / c.head_dim * (a.reach + TILE) + a.reach - keys;
+        walk.set(r, a.heads + (start + position) * a.stride + column, keys, 0, bias);
     }
     walk.run();
     for (int r = 0; r < ROWS; r++) {

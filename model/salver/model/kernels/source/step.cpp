@@ -23,7 +23,7 @@ namespace {
 enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum Kind : std::int32_t {
     EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7,
-    ADD_SEGMENTS = 8, ROTATE = 9, ATTEND_WHOLE = 10
+    ADD_SEGMENTS = 8, ROTATE = 9, ATTEND_WHOLE = 10, ATTEND_SOURCE = 11
 };
 
 // A matrix of activations with one row for each row of the step.
@@ -53,12 +53,12 @@ struct Operation {
     std::int32_t layer;
     std::int32_t in, out;      // buffers
     std::int32_t weight;       // of the list of weights, or -1
-    std::int32_t extra;        // EMBED: the weight of learned positions, or -1; ATTEND_WHOLE: the bias's reach
+    std::int32_t extra;        // EMBED: the weight of learned positions, or -1; attention: the bias's reach
     std::int32_t window;       // ROTATE, ATTEND_WHOLE: how far a token sees to either side; 0: everywhere
     std::int32_t epilogue, activation;
-    const float* scale;        // norms; ATTEND_WHOLE: the bias, or null
+    const float* scale;        // norms; attention: the bias, or null
     const float* shift;        // LAYER_NORM
-    float epsilon;
+    float epsilon;             // norms; EMBED: what the embeddings are multiplied by, 0 for nothing
 };
 
 struct Program {
@@ -295,7 +295,7 @@ template <typename T>
 void attend_all(const Program& p, const Step& step, const Operation& op, Dealer& dealer) {
     const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
     const Attention a{p.cache, step, op.layer, static_cast<const float*>(in.data), in.stride,
-                      out.data, out.stride, out.precision == BF16};
+                      out.data, out.stride, out.precision == BF16, op.scale, op.extra};
     const int group = p.cache.heads / p.cache.kv_heads;
     int mine = dealer.take(), piece = 0;
     // From the last to the first: the later pieces of a chunk have the most keys.
@@ -331,6 +331,8 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
         case EMBED:
             for (int row = begin; row < end; row++) {
                 read_row(p.weights[op.weight], step.token_ids[row], floats(out, row), false);
+                if (op.epsilon != 0)
+                    for (int i = 0; i < out.width; i++) floats(out, row)[i] *= op.epsilon;
                 if (op.extra >= 0) read_row(p.weights[op.extra], step.positions[row], floats(out, row), true);
             }
             break;
@@ -377,14 +379,17 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
             attend_whole_all(p, step, op, dealer);
             break;
         case ATTEND:
+        case ATTEND_SOURCE: {
+            const Step& over = op.kind == ATTEND ? step : *step.source;
             if (p.cache_precision == FLOAT) {
-                attend_all<Float>(p, step, op, dealer);
+                attend_all<Float>(p, over, op, dealer);
             } else if (p.pairs) {
-                attend_all<Half>(p, step, op, dealer);
+                attend_all<Half>(p, over, op, dealer);
             } else {
-                attend_all<Widened>(p, step, op, dealer);
+                attend_all<Widened>(p, over, op, dealer);
             }
             break;
+        }
         case PROGRESS:
             if (thread == 0 && team.on_progress != nullptr) team.on_progress();
             break;
@@ -502,7 +507,7 @@ void in_parallel(void (*function)(void*), void* argument, int threads) {
 extern "C" {
 
 // Bumped with any change of the structures or of a result's bits.
-std::int32_t salver_version() { return 5; }
+std::int32_t salver_version() { return 6; }
 
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
