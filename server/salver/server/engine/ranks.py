@@ -214,7 +214,8 @@ class ParallelTransformer:
         )
         try:
             dist.broadcast(torch.cat((token_ids, positions, attention.slot_mapping, tables.flatten())), 0)
-            return self._model(token_ids, positions, cache, attention, on_layer, on_attention)
+            hidden: Tensor = self._model(token_ids, positions, cache, attention, on_layer, on_attention)
+            return hidden
         except (RuntimeError, MemoryError) as error:
             raise RanksDiverged(f"a step failed at rank 0 alone: {type(error).__name__}") from error
 
