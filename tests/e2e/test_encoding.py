@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import missing
+from support import calls
 from support.serving import Server
 
 from salver.client import AsyncClient, Client, FailedPrecondition
 from salver.server import catalog
+from salver.v1 import encoding_pb2, encoding_pb2_grpc, explanation_pb2
 
 TEXTS = [
     "The central bank raised interest rates for the third time this year.",
@@ -148,6 +150,20 @@ def test_news_have_the_neighbours_that_they_should(
     people = np.loadtxt(news / "similarities0-1.txt")
     pairs = np.triu_indices(len(texts), 1)
     assert np.corrcoef(people[pairs], (ours.vectors @ ours.vectors.T)[pairs])[0, 1] > 0.6
+
+
+def test_where_the_time_of_an_encoding_went(minilm: Server) -> None:
+    """Its causes sum to its wall time, and its bill to what the steps took."""
+    stub = encoding_pb2_grpc.EncodingServiceStub(minilm.channel)
+    inputs = [calls.prompt_of(text) for text in TEXTS]
+    before = minilm.metric("salver_step_duration_seconds_sum")
+    reply = stub.Embed(
+        encoding_pb2.EmbedRequest(inputs=inputs, truncate=True, explain=True), timeout=calls.TIMEOUT
+    )
+    after = minilm.metric("salver_step_duration_seconds_sum")
+    assert calls.explained(reply)[explanation_pb2.LATENCY_CAUSE_PREFILL] > 0
+    assert reply.explanation.device_time.ToNanoseconds() / 1e9 == pytest.approx(after - before, abs=1e-6)
+    assert not stub.Embed(encoding_pb2.EmbedRequest(inputs=inputs[:1])).HasField("explanation")
 
 
 def test_a_crowd_changes_no_bit_where_that_is_promised(minilm: Server) -> None:

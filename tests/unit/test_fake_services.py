@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from salver.client import Client, ConnectionOptions, InvalidArgument, Unavailable
+from salver.client.cli import main
 from salver.client.testing import FakeServer
 
 NEWS = "Frozen water lies on the Moon. The striker scored twice in Rome."
@@ -96,3 +97,15 @@ def test_calls_fail_as_planned_and_are_kept(fake: FakeServer) -> None:
             client.embed("x")
         client.embed("kept")
     assert fake.requests[-1].inputs[0].text == "kept"
+
+
+def test_the_command_line_asks_it(fake: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    address = ["--address", fake.address]
+    assert main(["distribution", "the", "--chat", "--show", "2", *address]) == 0
+    assert fake.requests[-1].messages[0].content == "the" and "model" in capsys.readouterr().out
+    assert main(["distribution", "the", "--regex", "a+", *address]) != 0
+    assert fake.requests[-1].structured_output.regex == "a+"
+    assert "a FakeServer does not do it" in capsys.readouterr().err
+    assert main(["attention", "a b", "--pair", "c d", "--word", "d", *address]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["a", "b", "c", "d"] and "←" in lines[3]

@@ -45,6 +45,7 @@ from salver.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from salver.client.explanation import Explanation, LatencyCause
 from salver.client.inspection import (
     Attention,
     AttentionLink,
@@ -122,6 +123,7 @@ __all__ = [
     "DistributionOptions",
     "EmbedOptions",
     "Embedding",
+    "Explanation",
     "ExtractAnswerOptions",
     "FailedPrecondition",
     "FieldViolation",
@@ -135,6 +137,7 @@ __all__ = [
     "InvalidArgument",
     "LabelScore",
     "LabelledSpan",
+    "LatencyCause",
     "Limits",
     "MaskCandidate",
     "MemoryArithmetic",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from salver.client.explanation import from_explanation
 from salver.client.types import (
     BeamParams,
     Candidate,
@@ -231,6 +232,7 @@ def from_generation(reply: Any) -> GenerateResult:
         prompt_token_ids=tuple(reply.prompt_token_ids),
         configuration=_configuration(reply.configuration),
         weights_version=reply.weights_version,
+        explanation=from_explanation(reply.explanation) if reply.HasField("explanation") else None,
     )
 
 

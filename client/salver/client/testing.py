@@ -23,6 +23,7 @@ from salver.client import fake_encoding
 from salver.v1 import (
     common_pb2,
     encoding_pb2_grpc,
+    explanation_pb2,
     generation_pb2,
     generation_pb2_grpc,
     inspection_pb2_grpc,
@@ -33,6 +34,10 @@ from salver.v1 import (
 Piece = str | bytes
 _WORDS = ("the ", "sea ", "was ", "calm ", b"caf\xc3", b"\xa9 ", "and ", "old ", b"\xe2\x98", b"\x83 ", ". ")
 _DEFAULT_TOKENS = 16
+_EXPLANATION = explanation_pb2.Explanation(
+    parts=[{"cause": explanation_pb2.LATENCY_CAUSE_DECODE, "duration": {"nanos": 2_000_000}}],
+    device_time={"nanos": 1_000_000},
+)
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"  # HealthCheckResponse
 
 
@@ -356,6 +361,8 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
                 message.usage.prompt_tokens = len(prompt_ids)
                 message.usage.completion_tokens = sum(sample.num_tokens for sample in samples)
                 message.usage.resumed_tokens = brought
+                if request.explain:
+                    message.explanation.CopyFrom(_EXPLANATION)
             yield message
             sent += 1
             if done:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+from salver.client.explanation import Explanation
+
 
 class FinishReason(enum.Enum):
     """Why a completion ended."""
@@ -202,6 +204,7 @@ class GenerateResult:
     prompt_token_ids: tuple[int, ...] = ()
     configuration: Mapping[str, Setting] = field(default_factory=dict)
     weights_version: int = 0
+    explanation: Explanation | None = None  # of a call with `explain`; in a stream, in the last message
 
     @property
     def text(self) -> str:
@@ -338,6 +341,7 @@ class GenerationOptions(TypedDict, total=False):
     target_language: str
     source_language: str
     resume: Resume
+    explain: bool
     request_id: str
     model: str
     timeout: float

@@ -116,12 +116,14 @@ _IMPORTED = time.monotonic()
 
 @dataclass(slots=True)
 class StartupPhases:
-    """How long each part of the start took; printed as they end, and told by GetServerInfo."""
+    """How long each part of the start took; printed as they end, told to `tell` and by GetServerInfo."""
 
+    tell: Callable[[str, float], None]
     done: list[tuple[str, float]] = field(default_factory=list)
 
     def add(self, name: str, seconds: float) -> None:
         self.done.append((name, seconds))
+        self.tell(name, seconds)
         _say(f"  {name:<28}{seconds:8.3f} s")
 
     @contextmanager
@@ -260,13 +262,13 @@ class Application:
         self._make_engine = make_engine
         self.name = served_name(config)
         check_adapters(config, self.name)
-        self.phases = StartupPhases()
         self.metrics = Metrics(
             self.name,
             methods=all_methods(admin=config.admin_port is not None),
             codes=STATUS_CODES,
             build={"version": version(), "device": config.device, "dtype": config.dtype},
         )
+        self.phases = StartupPhases(self.metrics.started_up)
         self.front = Front(self.metrics.rejected)
         self.admission = Admission(
             config.max_queued_requests, config.max_queued_tokens, self.metrics.rejected,

@@ -215,6 +215,12 @@ class Metrics:
             "weights_update_pause_seconds", "How long steps stood still for other weights.", LATENCY_BUCKETS
         )
 
+        self._model = model
+        self._device_seconds = Counter(
+            "salver_device_seconds_total", "Time of steps, divided among the tenants for whom they computed.",
+            ["model", "tenant"], registry=self.registry,
+        )  # fmt: skip
+        self._device_seconds.labels(model, "")  # of a server without tokens, everybody
         rejections = Counter(
             "salver_rejections_total", "Requests refused: for want of capacity, or of the right to call.",
             ["model", "reason"], registry=self.registry,
@@ -235,6 +241,11 @@ class Metrics:
             for what in RELOADS
             for good in (True, False)
         }
+
+        self._startup = Gauge(
+            "salver_startup_phase_seconds", "Duration of each part of the start, once it has ended.",
+            ["model", "phase"], registry=self.registry,
+        )  # fmt: skip
 
         labels = ["grpc_type", "grpc_service", "grpc_method"]
         self._started = Counter("grpc_server_started_total", "Calls started.", labels, registry=self.registry)
@@ -268,6 +279,10 @@ class Metrics:
         if names is not None:
             self._handled.labels(*names, code).inc()
             self._handling.labels(*names).observe(seconds)
+
+    def started_up(self, phase: str, seconds: float) -> None:
+        """A part of the start has ended."""
+        self._startup.labels(self._model, phase).set(seconds)
 
     def rejected(self, reason: str) -> None:
         """A request was refused; `reason` is one of REJECTIONS."""
@@ -311,6 +326,8 @@ class Metrics:
             self._batch_tokens.observe(message.stats.num_tokens)
             self._step_duration.observe(message.stats.duration)
             self._step_model_duration.observe(message.stats.model_duration)
+            for tenant, nanoseconds in message.stats.tenants:
+                self._device_seconds.labels(self._model, tenant).inc(nanoseconds / 1e9)
 
 
 def _method_labels(method: str, request_streams: bool, response_streams: bool) -> tuple[str, str, str]:

@@ -228,6 +228,9 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ignore-eos", action="store_true", default=None, help="go on past the end of sequence"
     )
+    group.add_argument(
+        "--explain", action="store_true", default=None, help="also tell where the time went, and what it cost"
+    )
 
 
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -241,6 +244,7 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
         "bad_words",
         "allowed_words",
         "ignore_eos",
+        "explain",
         "timeout",
         "n",
     ]

@@ -67,11 +67,12 @@ class BeamGroup:
 
     def _output(self, index: int, answer: Answer | None) -> SequenceOutput:
         timings = self.live[0].timings()
+        account = self.live[0].account
         if index != self.sample_indices[0]:
-            timings.preemptions = 0  # they are counted once
+            timings.preemptions, account = 0, None  # they are counted once
         output = SequenceOutput(
             self.request.request_id, index, finish_reason=FinishReason.ABORT,
-            num_cached_tokens=self.live[0].num_cached_tokens, timings=timings,
+            num_cached_tokens=self.live[0].num_cached_tokens, timings=timings, account=account,
         )  # fmt: skip
         if answer is not None:
             output.token_ids, output.finish_reason = list(answer.token_ids), answer.reason
@@ -224,6 +225,8 @@ class BeamGroups:
         del self._running[group.request.request_id]
         group.candidates.clear()
         leader, *others = sorted(group.live, key=lambda beam: beam.sample_index)
+        if leader.account is not None:
+            leader.account.preempted(scheduler.now, max(beam.num_computed_tokens for beam in group.live))
         for beam in group.live:
             self._stop(beam)
             beam.followers = []

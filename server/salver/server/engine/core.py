@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from salver.server.engine.accounting import StepAccounting
 from salver.server.engine.beam import Candidate, beam_capacity
 from salver.server.engine.beam_groups import BeamGroup
 from salver.server.engine.blocks import BlockPool
@@ -117,6 +118,7 @@ class EngineCore:
         self.generated_tokens = 0
         self.runner = runner
         self._clock = clock
+        self._accounting = StepAccounting()
         self._pending = _Pending()
         self._started: set[int] = set()  # unfinished requests whose start was told
 
@@ -180,6 +182,7 @@ class EngineCore:
     def _took(self, schedule: Schedule, result: StepResult, begin: float) -> StepStats:
         """Applies a computed step that began at `begin`."""
         now = self._clock()
+        self._accounting.computed(schedule.scheduled, begin, now)
         for item, row in zip(schedule.scheduled, result.rows, strict=True):
             self._take(item, row, now)
         for group in self.scheduler.beams.complete():
@@ -187,11 +190,11 @@ class EngineCore:
         self.steps += 1
         return self._stats(schedule, self._clock() - begin, result.model_duration)
 
-    @staticmethod
-    def _stats(schedule: Schedule, duration: float, model_duration: float) -> StepStats:
+    def _stats(self, schedule: Schedule, duration: float, model_duration: float) -> StepStats:
         return StepStats(
             schedule.num_tokens, len(schedule.scheduled), duration, model_duration,
             sum(i.num_tokens - len(i.draft) - 1 + i.num_source_tokens for i in schedule.scheduled),
+            self._accounting.charge(schedule.scheduled, duration),
         )  # fmt: skip
 
     def _message(self, stats: StepStats | None) -> StepMessage | None:
@@ -319,6 +322,7 @@ class EngineCore:
                     logprobs,
                     row.prompt_logprobs,
                     num_cached_tokens=sequence.num_cached_tokens,
+                    account=sequence.account,
                 )
             )
 
@@ -379,6 +383,7 @@ class EngineCore:
                 sequence.timings(),
                 error,
                 arrays,
+                account=sequence.account,
             )
         )
         self._forget_started(sequence.request.request_id)

@@ -116,12 +116,14 @@ class OverlappedCore(EngineCore):
             schedule.scheduled = [item for item in schedule.scheduled if not item.sequence.finished]
         if not schedule.scheduled:
             return None
-        return self._took(schedule, self._execute(schedule), begin)
+        return self._took(schedule, self._execute(schedule), max(begin, self._landed_at))
 
     def _land(self, launched: _Launched) -> StepStats:
         """Reads a step's tokens and applies them, beneath what is already foreseen of the next step."""
         result = launched.flight.result()
         now = self._clock()
+        begin = max(launched.begin, self._landed_at)
+        self._accounting.computed(launched.schedule.scheduled, begin, now)
         ahead = {} if self._flying is None else self._flying.sequences
         for item, row in zip(launched.schedule.scheduled, result.rows, strict=True):
             sequence = item.sequence
@@ -133,7 +135,6 @@ class OverlappedCore(EngineCore):
             if sequence in ahead and not sequence.finished:
                 _foresee(ahead[sequence])
         self.steps += 1
-        begin = max(launched.begin, self._landed_at)
         self._landed_at = now
         return self._stats(launched.schedule, now - begin, result.model_duration)
 

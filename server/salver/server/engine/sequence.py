@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+from salver.server.engine.accounting import Account
 from salver.server.engine.blocks import block_digest, root_digest
 from salver.server.engine.request import (
     EngineRequest,
@@ -44,6 +45,7 @@ class Sequence:
 
     __slots__ = (
         "_digests",
+        "account",
         "arrival",
         "block_table",
         "cross_table",
@@ -107,6 +109,7 @@ class Sequence:
         self.preemptions = 0
         self.shares_prefix = True  # unless several weights have computed it
         self.grammar_state: object | None = None  # the runner's; a function of the tokens
+        self.account = Account(request.submitted, request.submitted) if request.explain else None
         self._digests: list[bytes] = []
 
     @property
@@ -143,6 +146,11 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
+
+    def inherit_account(self, leader: Sequence) -> None:
+        """What the leader's time went to until now is where its own went."""
+        if self.account is not None and leader.account is not None:
+            self.account.follow(leader.account)
 
     def outgrow(self) -> None:
         """From now on its positions are those of a prompt as long as it is."""

@@ -74,8 +74,8 @@ def start_engine(
     threads = use_threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     group = start_ranks(config, device)
-    directory = str(weights_directory(config))
-    model = _load(config, directory, device, dtype, None if group is None else group.ranks)
+    weights = str(weights_directory(config))
+    model = _load(config, weights, device, dtype, None if group is None else group.ranks)
     quantize_weights(config, model)
     spec, loaded = model.spec, model.loaded
     _refuse_flags(config, spec)
@@ -186,7 +186,7 @@ def describe(
         quantization=config.quantization,
         torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
         kernels=kernels,
-        numerics_id=numerics_id_of(config, device, dtype, threads, multiple, kernels, fixed_rows=fixed_rows),
+        numerics_id=numerics_id_of(config, device, dtype, threads, multiple, kernels, fixed_rows),
         num_parameters=num_parameters,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
@@ -207,8 +207,7 @@ def numerics_id_of(
     threads: int,
     multiple: int,
     kernels: str,
-    *,
-    fixed_rows: int,
+    fixed_rows: int = 0,
 ) -> str:
     """See `numerics.numerics_id`; `kernels` as `describe` has it."""
     return numerics_id(

@@ -103,6 +103,9 @@ class _Generation:
             )
         )
         response.timings.CopyFrom(convert.timings(self.stream.timings, total))
+        explanation = self.stream.explain(self.engine_request.arrival + total)
+        if explanation is not None:
+            response.explanation.CopyFrom(convert.explanation(explanation, total))
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -216,7 +219,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 params, token_ids, model, source, arrival=arrival, deadline=deadline
             )
             grammar = await self._grammar(request, model, engine_request.outputs)
-            engine_request = replace(engine_request, grammar=grammar)
+            engine_request = replace(engine_request, grammar=grammar, explain=request.explain)
             reader = None
             if hasattr(request, "messages") and wants_reading(request):
                 reader = AnswerReader(request, model, text, dict(params.resumed))
