@@ -33,6 +33,7 @@ from salver.server.engine.changes import (
 )
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore
+from salver.server.engine.device_startup import fixed_rows_of
 from salver.server.engine.encoder_runner import EncoderRunner
 from salver.server.engine.request import Ready
 from salver.server.engine.runner import ModelRunner, is_out_of_memory
@@ -157,7 +158,7 @@ class Updates:
         config = replace(self._config, weights=change.directory, weights_digest=change.digest)
         numerics_id = numerics_id_of(
             config, runner.device, DTYPES[self._ready.dtype], self._threads, runner.row_multiple,
-            self._ready.kernels,
+            self._ready.kernels, fixed_rows=fixed_rows_of(runner.model),
         )  # fmt: skip
 
         def install() -> Changed:

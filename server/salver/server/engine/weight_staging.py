@@ -21,6 +21,7 @@ from salver.model.encoder_spec import EncoderSpec
 from salver.model.errors import CheckpointError
 from salver.model.loader import load_model
 from salver.model.precision import weights_dtype_name
+from salver.model.quantized import quantize_model
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, Transformer
 from salver.server.engine.config import EngineConfig
@@ -54,10 +55,12 @@ def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, th
     live = runner.model
     if runner.device.type != "cpu":
         assert isinstance(live, Transformer)
+        if config.quantization != "none":
+            quantize_model(staged, config.quantization)
 
         def copy() -> None:
             with torch.inference_mode():
-                for own, new in zip(live.parameters(), staged.parameters(), strict=True):
+                for own, new in zip(live.stored(), staged.stored(), strict=True):
                     own.copy_(new)
                     runner.progress()
             torch.cuda.synchronize(live.device)
