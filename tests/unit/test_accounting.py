@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -140,12 +141,18 @@ def test_steps_that_overlap(full_at: int, monkeypatch: pytest.MonkeyPatch) -> No
     core = OverlappedCore(FakeDevice(clock, full_at), limits, clock=clock)
     outputs: dict[int, SequenceOutput] = {}
     durations: list[float] = []
-    charge = core._accounting.charge
-    monkeypatch.setattr(
-        core._accounting,
-        "charge",
-        lambda step, seconds: (durations.append(seconds), charge(step, seconds))[1],
-    )
+    charge, spend = core._accounting.charge, Account.spend
+
+    def counted(scheduled: Any, seconds: float) -> Any:
+        durations.append(seconds)
+        return charge(scheduled, seconds)
+
+    def forwards(account: Account, cause: Cause, now: float) -> None:
+        assert now > account.mark - 1e-9, f"{cause} back from {account.mark} to {now}"
+        spend(account, cause, now)
+
+    monkeypatch.setattr(core._accounting, "charge", counted)
+    monkeypatch.setattr(Account, "spend", forwards)
     for number in range(600):
         if number < 20:
             item = request(
