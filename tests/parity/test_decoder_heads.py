@@ -106,6 +106,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
         ({"pad_token_id": "x"}, "pad_token_id"),
         ({"architectures": ["LlamaForQuestionAnswering"]}, "architectures"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"is_causal": False}, "is_causal"),
     ):
         path.write_text(json.dumps({**config, **changes}))
         with pytest.raises(CheckpointError, match=named):

@@ -300,6 +300,7 @@ def read_spec(checkpoint: Path, fields: FieldsRead | None = None) -> ModelSpec:
     fields = fields or FieldsRead()
     reader = ConfigReader(config, str(path), fields.config)
     spec = family(reader)
+    reader.only("is_causal", True)  # false, of some embedding models, means attention to both sides
     if name in variants:
         spec = with_head(spec, reader, name)
     reader.refuse_unread()

@@ -56,9 +56,8 @@ class DistanceScores(nn.Module):
         width = table.shape[1]
 
         def rows(own: Weights | None, first: int) -> Tensor:
-            weight, bias = qkv.weight[first : first + width], qkv.bias
-            if bias is not None:
-                bias = bias[first : first + width]
+            weight: Tensor = qkv.weight[first : first + width]
+            bias: Tensor | None = None if qkv.bias is None else qkv.bias[first : first + width]
             if own is not None:
                 weight, bias = own.weight, own.bias
             made = F.linear(table, weight, bias) * self.scale

@@ -122,7 +122,7 @@ class SelfAttention:
         mask = masks.of(query.shape[2])
         if self._distance_scores is None or masks.distances is None:
             return mask
-        added = self._distance_scores(query, key, masks.distances)
+        added: Tensor = self._distance_scores(query, key, masks.distances)
         return added if mask is None else added + mask
 
     def weights(self, heads: Tensor, wanted: list[int], masks: Masks) -> Tensor:
