@@ -17,6 +17,7 @@ from support.encoding_service import EncodingServer
 from support.exactness import find_library
 from support.inspection_service import STEP_TOKENS, DecoderServer
 from support.stack import Stack, random_prompts
+from tokenizers import Tokenizer, processors
 
 from salver.client import AsyncClient, FailedPrecondition
 from salver.model.config_reader import read_spec
@@ -147,6 +148,11 @@ def sigmoid(x: Any) -> Any:
 def test_a_reward_model(tmp_path: Path, native: bool) -> None:
     """One label: its score raw or by a sigmoid, of texts and pairs beyond a step, alone or in a crowd."""
     reference = write_served(tmp_path, "Llama", "ForSequenceClassification", num_labels=1)
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A </s> $B", special_tokens=[("</s>", 1)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
     server = serve(tmp_path, native=native)
 
     def raw(text: str, pair: str | None = None) -> float:
