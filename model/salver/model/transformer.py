@@ -353,7 +353,8 @@ class Transformer(nn.Module):
         else:
             x = self.shards.embed(token_ids, self.embed.weight)
         if self.spec.embedding_multiplier != 1:
-            x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype, device=x.device)
+            # Rounded as x is, and a number of the host: a copy to the device cannot be captured.
+            x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype).item()
         if self.embed_in is not None:
             x = self.embed_in(x)
         if self.positions is not None and isinstance(self.spec.positions, LearnedPositions):
