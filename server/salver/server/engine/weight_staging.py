@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 HOST = torch.device("cpu")
 
 
+class UnsupportedChange(Exception):
+    """The weights of this engine cannot be replaced while it computes; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class StagedWeights:
     """`base` is what adapters are read for, `model` what computes them once `install` is called."""
@@ -45,7 +49,10 @@ class StagedWeights:
 
 
 def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, threads: int) -> StagedWeights:
-    """Raises CheckpointError, naming field or tensor, for what is bad or of another model."""
+    """Raises CheckpointError, naming field or tensor, for what is bad or of another model, and
+    UnsupportedChange."""
+    if runner.device.type != "cpu" and config.quantization != "none":
+        raise UnsupportedChange(f"not with --quantization {config.quantization} on a GPU")
     check_spec(directory, runner.model.spec)
     name = weights_dtype_name(str(runner.cache.data.dtype).removeprefix("torch."), config.quantization)
     staged = load_model(directory, device=HOST, dtype=DTYPES[name], numerics=config.numerics)
@@ -56,6 +63,7 @@ def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, th
         assert isinstance(live, Transformer)
 
         def copy() -> None:
+            torch.cuda.synchronize(live.device)  # a step may be in flight, on another stream
             with torch.inference_mode():
                 for own, new in zip(live.parameters(), staged.parameters(), strict=True):
                     own.copy_(new)
@@ -78,7 +86,7 @@ def stage_encoder(
     spec = runner.model.spec
     check_spec(directory, spec)
     if runner.has_dense:
-        raise CheckpointError(f"{directory}: a model with dense modules after its pooling cannot be updated")
+        raise UnsupportedChange("not of a model with dense modules after its pooling")
     staged = load_encoder(directory, spec, device=runner.device, dtype=encoder_dtype(config, runner.device))
     check_numbers(staged, directory)
     computing, _ = use_kernels(config, staged, threads)
