@@ -117,11 +117,6 @@ def fix_rows(config: EngineConfig, model: Transformer) -> int:
     return FIXED_ROWS
 
 
-def fixed_rows_of(model: object) -> int:
-    """What `fix_rows` gave for it."""
-    return model.rows if isinstance(model, Transformer) else 0
-
-
 def decode_graphs(
     config: EngineConfig, runner: ModelRunner, device: str, max_num_seqs: int, max_model_len: int
 ) -> DecodeGraphs | None:
