@@ -85,6 +85,9 @@ class NativeTransformer(Compiled):
     def _compile(self, model: Transformer) -> None:
         tied = model.head is None
         self._head = self._weight(model.embed if model.head is None else model.head, self.precision.head)
+        self._classifier = None
+        if model.classifier is not None:
+            self._classifier = self._weight(model.classifier, self.precision.head)
         embed = self._head if tied else self._table(model.embed)
         positions = -1 if model.positions is None else self._table(model.positions)
         self._add(Kind.EMBED, RESIDUAL, RESIDUAL, weight=embed, extra=positions)
@@ -165,8 +168,17 @@ class NativeTransformer(Compiled):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, vocab_size] of hidden float32 [R, hidden_size]."""
+        return self._product(hidden, self._head)
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """float32 [R, labels] of hidden float32 [R, hidden_size]."""
+        if self._classifier is None:
+            raise ValueError(f"{self.spec.architecture} has no classifier")
+        return self._product(hidden, self._classifier)
+
+    def _product(self, hidden: Tensor, number: int) -> Tensor:
         hidden = hidden.contiguous()
-        weight = self._weights[self._head]
+        weight = self._weights[number]
         out = torch.empty((hidden.shape[0], weight.rows))
         for begin in range(0, hidden.shape[0], HEAD_ROWS):
             rows = torch.arange(begin, min(begin + HEAD_ROWS, hidden.shape[0]))
@@ -178,7 +190,7 @@ class NativeTransformer(Compiled):
 
 
 # Of what a spec may say beside a Llama or GPT-2 block, what the kernel does.
-KNOWN_DIFFERENCES = frozenset({"attention_multiplier"})
+KNOWN_DIFFERENCES = frozenset({"attention_multiplier", "body", "classifier"})
 
 
 def _c_step(rows: int, batch: AttentionBatch) -> tuple[CStep, list[Tensor]]:
