@@ -119,9 +119,8 @@ def test_attention_is_told_layer_by_layer(tmp_path: Path, library: Library, arch
     def told(model: Any) -> list[torch.Tensor]:
         batch = build_encoder_batch(model.spec, inputs, [[], []], row_multiple=1, device=model.device)
         found: list[torch.Tensor] = []
-        attention = SelfAttention(model.spec, None)
 
-        def observe(step: int, heads: torch.Tensor, masks: Masks) -> None:
+        def observe(step: int, attention: SelfAttention, heads: torch.Tensor, masks: Masks) -> None:
             rows = heads[batch.cu_seqlens[0] : batch.cu_seqlens[1]]
             found.append(attention.weights(rows, list(range(model.spec.num_heads)), masks))
 
