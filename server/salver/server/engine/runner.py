@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 
 import torch
 from torch import Tensor
@@ -85,21 +86,25 @@ class ModelRunner:
             for rows in observed.values():
                 rows.take(layer, query, key, scoring)
 
-        model_begin = time.perf_counter()
-        hidden = self.model(
-            batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress,
-            on_attention=observe if observed else None,
-        )  # fmt: skip
         sampling = [i for i, item in enumerate(schedule.scheduled) if item.samples]
+        masks = self._begin_masks([schedule.scheduled[i] for i in sampling])
+        model_begin = time.perf_counter()
         ends = batch.attention.cu_seqlens_q
         rows = [
             row
             for i in sampling
             for row in range(ends[i + 1] - 1 - len(schedule.scheduled[i].draft), ends[i + 1])
         ]
-        logits = self.logits(hidden, rows)
+        try:
+            hidden = self.model(
+                batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress,
+                on_attention=observe if observed else None,
+            )  # fmt: skip
+            logits = self.logits(hidden, rows)
+        finally:
+            wait([masks])  # it works on sequences that a failed step's halves need again
         model_duration = time.perf_counter() - model_begin
-        self._sample(schedule, sampling, logits, results)
+        self._sample(schedule, sampling, logits, masks.result(), results)
         for i, (item, first_row) in enumerate(zip(schedule.scheduled, batch.first_rows, strict=True)):
             request = item.sequence.request
             if request.prompt_top_k is not None:
@@ -130,11 +135,26 @@ class ModelRunner:
         if not rows:
             return hidden.new_empty((0, self.model.spec.vocab_size), dtype=torch.float32)
         padded = rows + [0] * (-len(rows) % self.row_multiple)
+        if self.adapters is not None:
+            self.adapters.select_head(padded)
         index = torch.tensor(padded, dtype=torch.int64, device=self.device)
         return self.model.logits(hidden.index_select(0, index))[: len(rows)]
 
+    def _begin_masks(self, items: list[Scheduled]) -> Future[list[Mask | None]]:
+        """What the grammars allow after each of these, begun beside the model."""
+        if self.grammars is not None:
+            return self.grammars.begin([(item.sequence, item.draft) for item in items])
+        nothing: Future[list[Mask | None]] = Future()
+        nothing.set_result([None] * len(items))
+        return nothing
+
     def _sample(
-        self, schedule: Schedule, sampling: list[int], logits: Tensor, results: list[RowResult]
+        self,
+        schedule: Schedule,
+        sampling: list[int],
+        logits: Tensor,
+        masks: list[Mask | None],
+        results: list[RowResult],
     ) -> None:
         """Chooses a token after each sequence's newest one and after each of its drafts, [R] rows in all.
 
@@ -143,9 +163,6 @@ class ModelRunner:
         if not sampling:
             return
         items = [schedule.scheduled[i] for i in sampling]
-        masks: list[Mask | None] = [None] * len(items)
-        if self.grammars is not None:
-            masks = self.grammars.masks([(item.sequence, item.draft) for item in items])
         chosen = sample(
             logits,
             [
