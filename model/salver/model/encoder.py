@@ -14,14 +14,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .arithmetic import LoadedTensor
 from .encoder_spec import EncoderSpec, HeadSpec, RelativeBuckets
-from .layers import ACTIVATIONS, Linear, Norm, Weights
+from .layers import ACTIVATIONS, Embedding, Linear, Norm, Weights
 from .rope import Rope, Rotation
 
 ENCODER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**ACTIVATIONS, "tanh": torch.tanh}
@@ -214,16 +216,18 @@ class Encoder(nn.Module):
     """An encoder built from its spec. Parameters are uninitialized until `load_encoder` fills them."""
 
     loaded: tuple[LoadedTensor, ...] = ()  # what the parameters were made of
+    checkpoint: Path | None = None  # and the directory that they came from
+    adapter_hooks: tuple[RemovableHandle, ...] = ()
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
         self.spec = spec
         size = spec.embedding_size or spec.hidden_size
-        self.embed = Weights(spec.vocab_size, size)
+        self.embed = Embedding(spec.vocab_size, size)
         table = spec.positions
         rows = 0 if table is None else spec.max_input_tokens + table.offset
-        self.positions = Weights(rows, size) if rows else None
-        self.segments = Weights(spec.num_segments, size) if spec.num_segments else None
+        self.positions = Embedding(rows, size) if rows else None
+        self.segments = Embedding(spec.num_segments, size) if spec.num_segments else None
         self.embedding_norm = Norm(spec.norm, size)
         self.embedding_projection = (
             Linear(spec.hidden_size, size, bias=True) if spec.embedding_projection else None
@@ -257,12 +261,12 @@ class Encoder(nn.Module):
         `on_heads` is told each layer's place, its heads [N, 3, heads, head_dim] and its masks.
         """
         spec = self.spec
-        x = F.embedding(batch.token_ids, self.embed.weight)
+        x = self.embed(batch.token_ids)
         # In the order in which the reference adds them, which is seen in the last bits.
         if self.segments is not None:
-            x = x + F.embedding(batch.segments, self.segments.weight)
+            x = x + self.segments(batch.segments)
         if self.positions is not None:
-            x = x + F.embedding(batch.positions, self.positions.weight)
+            x = x + self.positions(batch.positions)
         x = self.embedding_norm(x)
         if self.embedding_projection is not None:
             x = self.embedding_projection(x)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .arithmetic import LoadedTensor
 from .attention import Alibi, Attention, AttentionBatch, Scoring
 from .cache import KVCache
 from .experts import Experts
 from .latent import Latent
-from .layers import ACTIVATIONS, Linear, Norm, Weights, capped
+from .layers import ACTIVATIONS, Embedding, Linear, Norm, TiedHead, Weights, capped
 from .rope import Rope, Rotation, sinusoids
 from .spec import AlibiPositions, LearnedPositions, ModelSpec, SinusoidalPositions
 
@@ -192,6 +194,8 @@ class Transformer(nn.Module):
     """A decoder built from its spec. Parameters are uninitialized until `loader.load_model` fills them."""
 
     loaded: tuple[LoadedTensor, ...] = ()  # what the parameters were made of
+    checkpoint: Path | None = None  # and the directory that they came from
+    adapter_hooks: tuple[RemovableHandle, ...] = ()
 
     def __init__(self, spec: ModelSpec, attention: Attention) -> None:
         super().__init__()
@@ -199,17 +203,18 @@ class Transformer(nn.Module):
         self.attention = attention
         width = spec.embedding_size or spec.hidden_size
         narrow = width != spec.hidden_size
-        self.embed = Weights(spec.vocab_size, width)
+        self.embed = Embedding(spec.vocab_size, width)
         self.embed_in = Linear(spec.hidden_size, width) if narrow else None
         self.embed_out = Linear(width, spec.hidden_size) if narrow else None
         self.embedding_norm = Norm(spec.embedding_norm, spec.hidden_size) if spec.embedding_norm else None
-        self.positions: Weights | None = None
+        self.positions: Embedding | None = None
         if isinstance(spec.positions, LearnedPositions):
             rows = spec.max_position_embeddings + spec.positions.offset
-            self.positions = Weights(rows, spec.hidden_size)
+            self.positions = Embedding(rows, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
         self.final_norm = Norm(spec.norm, spec.hidden_size) if spec.final_norm else None
         self.head = None if spec.tied_head else Linear(spec.vocab_size, width, bias=spec.head_bias)
+        self.tied_head = TiedHead(self.embed) if spec.tied_head else None
         self._ropes: list[Rope] = []
         self._rope_of: list[int | None] = []  # of each layer, which of them
         self._waves: Tensor | None = None
@@ -264,13 +269,13 @@ class Transformer(nn.Module):
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[N, hidden_size]"""
-        x = F.embedding(token_ids, self.embed.weight)
+        x = self.embed(token_ids)
         if self.spec.embedding_multiplier != 1:
             x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype, device=x.device)
         if self.embed_in is not None:
             x = self.embed_in(x)
         if self.positions is not None and isinstance(self.spec.positions, LearnedPositions):
-            x = x + F.embedding(positions + self.spec.positions.offset, self.positions.weight)
+            x = x + self.positions(positions + self.spec.positions.offset)
         if self._waves is not None:
             x = x + F.embedding(positions, self._waves).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
@@ -279,8 +284,9 @@ class Transformer(nn.Module):
         """float32 [R, vocab_size] of hidden [R, hidden_size]."""
         if self.embed_out is not None:
             hidden = self.embed_out(hidden)
-        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
-        logits = logits.float()
+        head = self.head if self.tied_head is None else self.tied_head
+        assert head is not None
+        logits = head(hidden).float()
         if self.spec.logit_multiplier != 1:
             logits = logits * self.spec.logit_multiplier
         return capped(logits, self.spec.logit_cap) if self.spec.logit_cap else logits

@@ -328,19 +328,10 @@ def parse_config(
     config = ServerConfig(**values)
     _check_speculation(config, parser)
     check_security(config, parser)
-    _check_adapters(config, parser)
     same_host = config.resolved_metrics_host == config.host
     if config.port and config.metrics_port == config.port and same_host:
         parser.error(f"argument --metrics-port: {config.port} is the gRPC port (--port) already")
     return config
-
-
-def _check_adapters(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:
-    """Adapters are computed by plain torch."""
-    if config.adapter and config.kernels == "native":
-        parser.error("argument --adapter: the native kernel has no adapters (--kernels torch, or auto)")
-    if config.adapter and config.quantization != "none":
-        parser.error(f"argument --adapter: cannot be had with --quantization {config.quantization}")
 
 
 def _check_speculation(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter_reader import Adapter, AdapterBase
 from ..attention import AttentionBatch, Scoring
 from ..cache import KVCache
 from ..layers import Norm, Weights
 from ..spec import LearnedPositions, ModelSpec, RopePositions
 from ..transformer import Layer, OnAttention, Transformer
+from .adapters import NativeAdapters, Place, in_panels
 from .build import KernelUnavailable, pairs_are_fast
 from .library import (
     ACTIVATIONS,
@@ -21,7 +23,6 @@ from .library import (
     LANES,
     MAX_HEAD_DIM,
     MAX_WIDTH,
-    PANEL,
     CBuffer,
     CCache,
     COperation,
@@ -73,6 +74,7 @@ class NativeTransformer:
         """
         spec = model.spec
         check(model, cache)
+        self._base = None if model.checkpoint is None else AdapterBase.of(model)
         self.spec: ModelSpec = spec
         self.device = torch.device("cpu")
         self.precision = precision
@@ -100,6 +102,8 @@ class NativeTransformer:
             _Buffer(wide * query, Precision.FLOAT32),
             _Buffer(wide * inner, Precision.FLOAT32),
         ]
+        self._places: dict[str, Place] = {}  # operations that adapters may change
+        self._adapters = NativeAdapters((), {}, 0, library, precision, threads)
         self._compile(model)
         self._rows = 0
         self._program = CProgram()
@@ -120,30 +124,50 @@ class NativeTransformer:
         self._head = self._weight(model.embed if model.head is None else model.head)
         embed = self._head if tied else self._table(model.embed)
         positions = -1 if model.positions is None else self._table(model.positions)
-        self._add(Kind.EMBED, RESIDUAL, RESIDUAL, weight=embed, extra=positions)
+        place = self._place("embed", "embedding")
+        self._add(Kind.EMBED, RESIDUAL, RESIDUAL, weight=embed, extra=positions, adapted=place)
         for layer in model.layers:
             assert isinstance(layer, Layer)
             self._layer(layer)
-        self._norm(model.final_norm, RESIDUAL, FINAL)
+        self._norm("final_norm", model.final_norm, RESIDUAL, FINAL)
 
     def _layer(self, layer: Layer) -> None:
-        number = layer.index
-        self._norm(layer.attention_norm, RESIDUAL, NORMED)
-        self._add(Kind.MULTIPLY, NORMED, HEADS, weight=self._weight(layer.qkv))
+        number, name = layer.index, f"layers.{layer.index}"
+        self._norm(f"{name}.attention_norm", layer.attention_norm, RESIDUAL, NORMED)
+        self._multiply(f"{name}.qkv", layer.qkv, NORMED, HEADS)
         self._add(Kind.ROTATE_AND_STORE, HEADS, HEADS, layer=number)
         self._add(Kind.ATTEND, HEADS, self._first(ATTENDED), layer=number)
         self._narrow(ATTENDED)
-        weight = self._weight(layer.attention_out)
-        self._add(Kind.MULTIPLY, ATTENDED, RESIDUAL, weight=weight, epilogue=Epilogue.ADD)
-        self._norm(layer.mlp_norm, RESIDUAL, NORMED)
-        up = self._weight(layer.up, gated=layer.gated)
+        self._multiply(f"{name}.attention_out", layer.attention_out, ATTENDED, RESIDUAL, Epilogue.ADD)
+        self._norm(f"{name}.mlp_norm", layer.mlp_norm, RESIDUAL, NORMED)
         activation = ACTIVATIONS[self.spec.activation]
         epilogue = Epilogue.GATED if layer.gated else Epilogue.ACTIVATE
         out = self._first(INNER)
-        self._add(Kind.MULTIPLY, NORMED, out, weight=up, epilogue=epilogue, activation=activation)
+        self._multiply(f"{name}.up", layer.up, NORMED, out, epilogue, activation)
         self._narrow(INNER)
-        self._add(Kind.MULTIPLY, INNER, RESIDUAL, weight=self._weight(layer.down), epilogue=Epilogue.ADD)
+        self._multiply(f"{name}.down", layer.down, INNER, RESIDUAL, Epilogue.ADD)
         self._add(Kind.PROGRESS, RESIDUAL, RESIDUAL)
+
+    def _multiply(
+        self,
+        name: str,
+        module: Weights,
+        in_: int,
+        out: int,
+        epilogue: Epilogue = Epilogue.STORE,
+        activation: int = 0,
+    ) -> None:
+        gated = epilogue is Epilogue.GATED
+        place = self._place(name, "linear", module.weight.shape[0], gated)
+        self._add(Kind.SHRINK, in_, in_, adapted=place)
+        weight = self._weight(module, gated=gated)
+        self._add(
+            Kind.MULTIPLY, in_, out, weight=weight, epilogue=epilogue, activation=activation, adapted=place
+        )
+
+    def _place(self, name: str, kind: str, rows: int = 0, gated: bool = False) -> int:
+        self._places[name] = Place(len(self._places), kind, rows, gated)
+        return self._places[name].number
 
     def _first(self, buffer: int) -> int:
         """Where an operation writes what a product reads from `buffer`: int8 needs whole rows first."""
@@ -164,16 +188,18 @@ class NativeTransformer:
         extra: int = -1,
         epilogue: Epilogue = Epilogue.STORE,
         activation: int = 0,
+        adapted: int = -1,
     ) -> None:
         operation = COperation(
             kind=kind, layer=layer, in_=in_, out=out, weight=weight, extra=extra,
-            epilogue=epilogue, activation=activation,
+            epilogue=epilogue, activation=activation, adapted=adapted,
         )  # fmt: skip
         self._operations.append(operation)
 
-    def _norm(self, norm: Norm | None, in_: int, out: int) -> None:
+    def _norm(self, name: str, norm: Norm | None, in_: int, out: int) -> None:
         assert norm is not None and norm.weight is not None  # see `unsupported`
-        self._add(Kind.RMS_NORM if norm.rms else Kind.LAYER_NORM, in_, out)
+        kind = Kind.RMS_NORM if norm.rms else Kind.LAYER_NORM
+        self._add(kind, in_, out, adapted=self._place(name, "norm"))
         operation = self._operations[-1]
         operation.scale = self._keep(norm.weight.detach().float())
         operation.shift = None if norm.bias is None else self._keep(norm.bias.detach().float())
@@ -198,7 +224,7 @@ class NativeTransformer:
         if scale.numel():
             found.column_scale = self._keep(scale)
         if bias is not None:
-            found.bias = self._keep(_in_panels(bias.detach().float(), panels, gated))
+            found.bias = self._keep(in_panels(bias.detach().float()[:, None], gated))
         self._weights.append(found)
         return len(self._weights) - 1
 
@@ -280,6 +306,7 @@ class NativeTransformer:
             angles = positions.to(torch.float32)[:, None] * self._rope
             cos, sin = angles.cos(), angles.sin()
             step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
+        self._tell_adapters(step, rows)
         told = Progress(on_layer) if on_layer is not None and rows >= PROGRESS_ROWS else Progress()
         if on_attention is not None:
             told = Progress(self._attention_told(rows, on_attention, on_layer))
@@ -307,15 +334,62 @@ class NativeTransformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, vocab_size] of hidden float32 [R, hidden_size]."""
         hidden = hidden.contiguous()
-        weight = self._weights[self._head]
+        weight, adapters = self._weights[self._head], self._adapters
         out = torch.empty((hidden.shape[0], weight.rows))
         for begin in range(0, hidden.shape[0], HEAD_ROWS):
             rows = torch.arange(begin, min(begin + HEAD_ROWS, hidden.shape[0]))
             # Between steps the buffer of the normed rows is free.
             self._library.put_rows(self._c_buffers[NORMED], hidden, rows)
             part = out[begin : begin + rows.numel()]
-            self._library.multiply(self._c_buffers[NORMED], weight, part, self._threads)
+            if not adapters.head_numbers.numel():
+                self._library.multiply(self._c_buffers[NORMED], weight, part, self._threads)
+                continue
+            numbers, room = adapters.head_numbers[begin : begin + rows.numel()], adapters.rows(rows.numel())
+            self._library.multiply(
+                self._c_buffers[NORMED], weight, part, self._threads, adapters.head_table, numbers, room
+            )
+        adapters.multiply_own_heads(self._c_buffers[NORMED], hidden, out)
         return out
+
+    # ---- adapters ----
+
+    @property
+    def adapter_base(self) -> AdapterBase:
+        if self._base is None:
+            raise ValueError("the model was not loaded from a checkpoint")
+        return self._base
+
+    def prepare_adapters(self, adapters: Sequence[Adapter]) -> PreparedAdapters:
+        """See `adapters.AdapterSet`. Raises CheckpointError for what the kernel does not do."""
+        rows = self._weights[self._head].rows
+        made = NativeAdapters(adapters, self._places, rows, self._library, self.precision, self._threads)
+        return PreparedAdapters(self, made)
+
+    def install_adapters(self, adapters: NativeAdapters) -> None:
+        self._adapters = adapters
+
+    def _tell_adapters(self, step: CStep, rows: int) -> None:
+        """Of a step of so many rows, its rows' adapters."""
+        adapters, program = self._adapters, self._program
+        if adapters.numbers.numel() != rows:
+            assert not adapters.numbers.numel(), "a step of other rows than were selected"
+            return
+        program.adapted = adapters.table
+        program.num_adapters = adapters.count
+        program.shrunk, program.shrunk_stride = adapters.rows(rows).data_ptr(), adapters.width
+        step.adapters = adapters.numbers.data_ptr()
+
+
+class PreparedAdapters:
+    """As `adapters.Installed`: `NativeAdapters` of a model that may have others still."""
+
+    def __init__(self, model: NativeTransformer, adapters: NativeAdapters) -> None:
+        self._model = model
+        self._adapters = adapters
+        self.begin, self.begin_head = adapters.begin, adapters.begin_head
+
+    def install(self) -> None:
+        self._model.install_adapters(self._adapters)
 
 
 # Of what a spec may say beside a Llama or GPT-2 block, what the kernel does.
@@ -359,18 +433,3 @@ def check(model: Transformer, cache: KVCache) -> None:
     for size in (spec.hidden_size, spec.intermediate_size, sum(spec.qkv_sizes)):
         if size % 4 or size > MAX_WIDTH:
             raise KernelUnavailable(f"a width of {size} is not a multiple of 4 up to {MAX_WIDTH}")
-
-
-def _in_panels(bias: Tensor, panels: int, gated: bool) -> Tensor:
-    """A bias [N] in the order of the packed columns, zeros for padding."""
-    out = torch.zeros(panels * PANEL)
-    if not gated:
-        out[: bias.numel()] = bias
-        return out
-    half = bias.numel() // 2
-    lanes = out.view(panels, 2, LANES)
-    for part, values in enumerate((bias[:half], bias[half:])):
-        column = torch.zeros(panels * LANES)
-        column[:half] = values
-        lanes[:, part] = column.view(panels, LANES)
-    return out

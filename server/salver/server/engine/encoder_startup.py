@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from salver.model.adapters import AdapterSet
 from salver.model.encoder import Encoder
 from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_loader import load_encoder
@@ -32,6 +33,7 @@ from salver.server.engine.startup import (
     describe,
     find_device,
     load_dense,
+    read_adapters,
     start_engine,
     use_threads,
 )
@@ -65,6 +67,9 @@ def start_encoder(
     model, dense = _load(config, spec, device), load_dense(config, spec.hidden_size)
     parameters, dtype, loaded = model.num_parameters(), model.dtype, model.loaded
     timer.done("load weights")
+    loaded_adapters = read_adapters(config, model)
+    if loaded_adapters:
+        timer.done("load adapters")
     kernels = _use_kernels(config, model, threads)
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
@@ -74,7 +79,10 @@ def start_encoder(
     max_model_len = config.max_model_len or spec.max_input_tokens
     if max_model_len > spec.max_input_tokens:
         raise StartError(f"--max-model-len {max_model_len}: the model reads at most {spec.max_input_tokens}")
-    runner = EncoderRunner(model, row_multiple=multiple, dense=dense, on_progress=page.bump)
+    adapters = AdapterSet(model, loaded_adapters, multiple) if loaded_adapters else None
+    runner = EncoderRunner(
+        model, row_multiple=multiple, dense=dense, on_progress=page.bump, adapters=adapters
+    )
     max_num_seqs = config.max_num_seqs or MAX_INPUTS
     speed = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
@@ -101,6 +109,7 @@ def start_encoder(
     ready = describe(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=parameters, phases=phases, measured=measured,
+        adapters=() if adapters is None else tuple(adapters.digests.items()),
     )  # fmt: skip
     # The front sees the null block alone: there is no cache.
     return EngineCore(runner, limits, clock=time.monotonic), replace(ready, num_blocks=1)
@@ -133,6 +142,8 @@ def _use_kernels(config: EngineConfig, model: Encoder, threads: int) -> str:
     if config.kernels == "torch":
         return "torch"
     try:
+        if config.adapters:
+            raise KernelUnavailable("it does not do adapters of encoders")
         if not config.kernel_library:
             raise KernelUnavailable(config.no_kernel or "it is for the CPU")
         from salver.model.kernels.library import Library

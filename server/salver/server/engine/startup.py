@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from salver.model.adapters import AdapterSet, load_adapter
+from salver.model.adapters import Adapter, AdapterBase, AdapterSet, load_adapter
 from salver.model.cache import KVCache
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
+from salver.model.encoder import Encoder
 from salver.model.errors import CheckpointError
 from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
@@ -67,16 +68,17 @@ def start_engine(
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
-    decoder, kernels = _decoder(config, model, cache, threads)
+    loaded_adapters = read_adapters(config, model)
+    if loaded_adapters:
+        timer.done("load adapters")
+    decoder, kernels = _decoder(config, model, cache, threads, tuple(loaded_adapters.values()))
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
     # The kernel's rows don't know one another; torch's may.
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
     model.pad_experts(multiple)
     timer.done("probe numerics")
-    adapters = _adapters(config, model, multiple)
-    if adapters is not None:
-        timer.done("load adapters")
+    adapters = AdapterSet(decoder, loaded_adapters, multiple) if loaded_adapters else None
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
     runner = ModelRunner(
         decoder,
@@ -176,16 +178,16 @@ def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: to
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
 
 
-def _adapters(config: EngineConfig, model: Transformer, multiple: int) -> AdapterSet | None:
-    if not config.adapters:
-        return None
+def read_adapters(config: EngineConfig, model: Transformer | Encoder) -> dict[str, Adapter]:
+    """By their names. Raises StartError."""
     loaded = {}
+    base = AdapterBase.of(model)
     for name, directory in config.adapters:
         try:
-            loaded[name] = load_adapter(Path(directory), model)
+            loaded[name] = load_adapter(Path(directory), base)
         except CheckpointError as error:
             raise StartError(f"--adapter {name}: {error}") from error
-    return AdapterSet(model, loaded, multiple)
+    return loaded
 
 
 def load_dense(config: EngineConfig, hidden_size: int) -> DenseModules | None:
@@ -279,7 +281,13 @@ def use_threads(config: EngineConfig) -> int:
     return threads
 
 
-def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
+def _decoder(
+    config: EngineConfig,
+    model: Transformer,
+    cache: KVCache,
+    threads: int,
+    adapters: tuple[Adapter, ...] = (),
+) -> tuple[Decoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
     quantized = config.quantization != "none"
     if config.kernels == "torch":
@@ -290,9 +298,13 @@ def _decoder(config: EngineConfig, model: Transformer, cache: KVCache, threads: 
         if not config.kernel_library:
             raise KernelUnavailable(config.no_kernel or "it is for the CPU")
         # Not before it is wanted: a start with torch alone shall not pay for it.
+        from salver.model.kernels.adapters import unsupported
         from salver.model.kernels.library import Library, Precision
         from salver.model.kernels.program import NativeTransformer
 
+        for adapter in adapters:
+            if (reason := unsupported(adapter)) is not None:
+                raise KernelUnavailable(f"it does not do {reason} in an adapter")
         library = Library(Path(config.kernel_library))
         precision = Precision.FLOAT32 if model.dtype == torch.float32 else Precision.BFLOAT16
         if quantized:

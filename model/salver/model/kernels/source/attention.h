@@ -39,6 +39,7 @@ struct Step {
     std::int64_t table_stride;
     const float* cos;                 // [num_rows, head_dim / 2], or null
     const float* sin;
+    const std::int32_t* adapters;     // [num_rows] numbers, -1 for none; null: no row has one
 };
 
 struct CacheShape {
