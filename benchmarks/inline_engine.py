@@ -71,9 +71,12 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--quantization", default="none")
     args = parser.parse_args()
     answers = protocol_stream()
-    core, ready = start(args.checkpoint, dtype=args.dtype, threads=args.threads)
+    core, ready = start(
+        args.checkpoint, dtype=args.dtype, threads=args.threads, quantization=args.quantization
+    )
     about = {"kernels": ready.kernels, "token_budget": ready.max_num_batched_tokens}
     print(json.dumps(about), file=answers, flush=True)
     for line in sys.stdin:

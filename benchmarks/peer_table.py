@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # 106.2 million weights in the layers, 28.3 million in the head (which is the embedding, too).
 LAYER_WEIGHTS = 106_168_320
 HEAD_WEIGHTS = 28_311_552
-BYTES = {"bf16": 2, "int8": 1}
+BYTES = {"bf16": (2, 2), "int8": (1, 1), "int4": (0.625, 1)}  # of a weight in the layers, and in the head
 
 
 def best_rival(records: Records, peers: Mapping[str, type[Peer]], precision: str, point: str) -> float | None:
@@ -37,9 +37,10 @@ def ceiling(roofline: Mapping[str, float], precision: str, point: str) -> float 
     if not roofline:
         return None
     if point == "decode_1":
-        return roofline["memory"] / ((LAYER_WEIGHTS + HEAD_WEIGHTS) * BYTES[precision])
+        of_layers, of_head = BYTES[precision]
+        return roofline["memory"] / (LAYER_WEIGHTS * of_layers + HEAD_WEIGHTS * of_head)
     if point.startswith("prefill"):
-        return roofline[precision] / (2 * LAYER_WEIGHTS)
+        return roofline["int8" if precision == "int4" else precision] / (2 * LAYER_WEIGHTS)
     return None
 
 

@@ -278,7 +278,15 @@ class InProcess:
 class Baseline(InProcess):
     """`benchmarks/baseline.py` (`transformers.generate` on static batches), or a script called as it is."""
 
-    def __init__(self, checkpoint: Path, *, dtype: str, threads: int, script: str = "baseline.py") -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        dtype: str,
+        threads: int,
+        script: str = "baseline.py",
+        extra: Sequence[str] = (),
+    ) -> None:
         path = Path(__file__).with_name(script)
         command = [sys.executable, str(path), str(checkpoint), "--dtype", dtype, "--threads", str(threads)]
-        super().__init__(command, what="the baseline")
+        super().__init__([*command, *extra], what="the baseline")

@@ -47,7 +47,8 @@ def python_reference() -> str:
 def runner_of(checkpoint: Path, mode: str, threads: int, blocks: int) -> ModelRunner:
     torch.set_num_threads(threads)
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
-    model = load_model(checkpoint, device=CPU, dtype=dtype, numerics="exact")
+    weights = torch.float32 if mode == "int4" else dtype
+    model = load_model(checkpoint, device=CPU, dtype=weights, numerics="exact")
     cache = KVCache(model.spec, blocks, 16, dtype=dtype, device=CPU)
     library = Library(find_or_build(default_cache_dir()))
     native = NativeTransformer(model, cache, library, precision=Precision[mode.upper()], threads=threads)

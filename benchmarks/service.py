@@ -31,12 +31,14 @@ def measure(args: argparse.Namespace) -> dict[str, list[tuple[Run, Run]]]:
     """Of each point, the pairs of runs: served, in process. Raises BenchError."""
     pairs: dict[str, list[tuple[Run, Run]]] = {name: [] for name in args.points}
     cache_dir = default_cache_dir()
-    with Server(args.model, dtype=args.dtype, threads=args.threads, extra=args.serve_arg) as server:
+    quantized = ("--quantization", args.quantization)
+    extra = (*quantized, *args.serve_arg)
+    with Server(args.model, dtype=args.dtype, threads=args.threads, extra=extra) as server:
         server.start()
         vocabulary = about(server).vocab_size
         checkpoint = checkpoint_of(args.model, args.dtype, cache_dir)
         with Baseline(
-            checkpoint, dtype=args.dtype, threads=args.threads, script="inline_engine.py"
+            checkpoint, dtype=args.dtype, threads=args.threads, script="inline_engine.py", extra=quantized
         ) as engine:
             for repeat in range(-1, args.repeats):  # the first is a warm-up
                 for name in args.points:
@@ -65,6 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--quantization", choices=("none", "int8", "int4"), default="none")
     parser.add_argument("--points", default="decode_1,batch_16,batch_32", type=lambda text: text.split(","))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -77,8 +80,9 @@ def main() -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     about_machine = machine.header(ROOT)
+    precision = args.dtype if args.quantization == "none" else args.quantization
     print(f"{about_machine['cpu']}, {about_machine['cores']} cores; commit {about_machine['commit']}, "
-          f"{about_machine['date']}; {args.dtype}, medians of {args.repeats}\n")  # fmt: skip
+          f"{about_machine['date']}; {precision}, medians of {args.repeats}\n")  # fmt: skip
     print(HEADER)
     missed = False
     for name, runs in pairs.items():

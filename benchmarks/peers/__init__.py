@@ -12,9 +12,12 @@ PEERS: dict[str, type[Peer]] = {
     for peer in (
         own.SalverBfloat16,
         own.SalverInt8,
+        own.SalverInt4,
         llamacpp.Bfloat16,
         llamacpp.Q8,
+        llamacpp.Q4,
         openvino.Int8,
+        openvino.Int4,
         openvino.Bfloat16,
         vllm.Bfloat16,
         transformers.Bfloat16,

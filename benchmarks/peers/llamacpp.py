@@ -113,3 +113,11 @@ class Q8(LlamaCpp):
     name = "llamacpp-int8"
     precision = "int8"
     kind = "Q8_0"
+
+
+class Q4(LlamaCpp):
+    """The type that most tensors of the default model's file have: they stay as they are."""
+
+    name = "llamacpp-int4"
+    precision = "int4"
+    kind = "Q4_1"

@@ -57,6 +57,12 @@ class Int8(OpenVino):
     weights = "int8"
 
 
+class Int4(OpenVino):
+    name = "openvino-int4"
+    precision = "int4"
+    weights = "int4"
+
+
 class Bfloat16(OpenVino):
     """Half-precision weights, and bfloat16 arithmetic: what it chooses on a processor that has it."""
 

@@ -69,3 +69,9 @@ class SalverInt8(SalverPeer):
     name = f"{OWN}int8"
     precision = "int8"
     options = ("--quantization", "int8")
+
+
+class SalverInt4(SalverPeer):
+    name = f"{OWN}int4"
+    precision = "int4"
+    options = ("--quantization", "int4")

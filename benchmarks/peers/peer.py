@@ -48,7 +48,7 @@ class Peer(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    precision: ClassVar[str]  # "bf16" or "int8": ratios are among equals
+    precision: ClassVar[str]  # "bf16", "int8" or "int4": ratios are among equals
     way: ClassVar[str]  # how it is called: "gRPC", "HTTP" or "in process"
     is_salver: ClassVar[bool] = False
 

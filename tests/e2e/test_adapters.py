@@ -48,7 +48,7 @@ def test_adapters_are_asked_by_name(
         with pytest.raises(NotFound):
             client.generate("x", model="quiet", max_tokens=1)
         page = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
-        (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        example, _ = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
         exec(example.replace("127.0.0.1:50051", server.address), {})
         command = [
             SALVER,

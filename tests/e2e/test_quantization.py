@@ -13,14 +13,15 @@ from salver.model.kernels import build
 from salver.v1 import model_pb2
 
 
-def test_int8(tiny_llama: Path, start_server: Callable[..., Server]) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_told_and_exact(quantization: str, tiny_llama: Path, start_server: Callable[..., Server]) -> None:
     try:
         build.check_processor()
     except build.KernelUnavailable as error:
         pytest.skip(f"no native kernel here: {error}")
-    server = start_server(tiny_llama, "--quantization", "int8", "--kernels", "native")
+    server = start_server(tiny_llama, "--quantization", quantization, "--kernels", "native")
     plain = start_server(tiny_llama, "--kernels", "native")
-    assert server.models.GetModel(model_pb2.GetModelRequest()).model.quantization == "int8"
+    assert server.models.GetModel(model_pb2.GetModelRequest()).model.quantization == quantization
     assert plain.models.GetModel(model_pb2.GetModelRequest()).model.quantization == "none"
     ours, theirs = server.server_info().numerics_id, plain.server_info().numerics_id
     assert ours.startswith("bits-") and theirs.startswith("bits-") and ours != theirs

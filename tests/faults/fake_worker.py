@@ -48,6 +48,9 @@ class Sample:
     def step(self) -> SequenceOutput:
         request = self.request
         output = SequenceOutput(request.request_id, self.index)
+        if request.beams is not None:  # a search whose end never comes
+            output.computing = True
+            return output
         leads = self.index == request.sample_indices[0] and request.prompt_top_k is not None
         if leads and self.told < len(request.prompt_token_ids):
             output.prompt_logprobs = [Logprobs(request.prompt_token_ids[self.told], -1.0, 1)]

@@ -18,14 +18,22 @@ from dataclasses import dataclass, field
 
 from support.bookkeeping import BLOCK, BookkeepingRunner, expected, request
 
+from salver.server.engine.beam import beam_capacity
 from salver.server.engine.core import EngineLimits, StepResult
 from salver.server.engine.errors import EngineError, OutOfMemory
 from salver.server.engine.inline import InlineEngine
 from salver.server.engine.process import MAX_DEATHS, _InFlight
-from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason, SequenceOutput
+from salver.server.engine.request import (
+    NO_DEADLINE,
+    BeamParams,
+    EngineRequest,
+    FinishReason,
+    SequenceOutput,
+)
 from salver.server.engine.scheduler import Schedule
 
 MAX_STEPS = 3000  # of a run; the longest needs a few hundred
+MAX_SOURCE = 24
 
 
 class Broken(AssertionError):
@@ -58,8 +66,8 @@ class FaultyRunner(BookkeepingRunner):
             raise OutOfMemory("no memory, as planned")
         result = super().execute(schedule)
         for item, row in zip(schedule.scheduled, result.rows, strict=True):
-            if item.sequence.request.request_id in simulation.poisoned and row.token_ids:
-                row.token_ids, row.error = [], "not numbers, as planned"
+            if item.sequence.request.request_id in simulation.poisoned and (row.token_ids or row.candidates):
+                row.token_ids, row.candidates, row.error = [], None, "not numbers, as planned"
         return result
 
 
@@ -112,6 +120,10 @@ class Call:
         del entry.tokens[output.sample_index]
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             check(so_far == right, f"{name}: ended with {len(so_far)} of {len(right)} tokens")
+            if self.request.beams is not None:
+                self.simulation.count["beam answers"] += 1
+                if output.timings is not None and output.timings.preemptions:
+                    self.simulation.count["beam preemptions"] += 1
         elif reason is FinishReason.DEADLINE:
             check(self.request.deadline <= self.simulation.now, f"{name}: its deadline has not passed")
         elif reason is FinishReason.MEMORY:
@@ -134,8 +146,10 @@ class Simulation:
         self.count: Counter[str] = Counter()
         self.greedy: set[int] = set()
         self.poisoned: set[int] = set()
+        self.reads_sources = rng.random() < 0.3  # as encoder-decoders do
         self.limits = EngineLimits(
-            num_blocks=rng.randint(20, 34),
+            num_blocks=rng.randint(20, 34) + (MAX_SOURCE // BLOCK if self.reads_sources else 0),
+            max_source_len=MAX_SOURCE if self.reads_sources else 0,
             block_size=BLOCK,
             max_model_len=96,
             max_num_seqs=6,
@@ -162,11 +176,22 @@ class Simulation:
             self.greedy.add(request_id)
         elif rng.random() < 0.04:
             self.poisoned.add(request_id)
+        prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 40))]  # few tokens: prefixes are shared
+        max_tokens, n = rng.randint(1, 30), rng.choice([1, 1, 1, 2, 5])
+        beams = self._make_beams() if rng.random() < 0.2 else None
+        if beams is not None:
+            n = rng.randint(1, beams.num_beams)
+            most = beam_capacity(len(prompt), beams.num_beams, self.limits.num_blocks - 1, BLOCK)
+            if most <= len(prompt):
+                prompt, most = prompt[: BLOCK - 1], BLOCK
+            max_tokens = min(max_tokens, most - len(prompt))
         return request(
             request_id,
-            [rng.randint(0, 1) for _ in range(rng.randint(1, 40))],  # few tokens: prefixes are shared
-            rng.randint(1, 30),
-            rng.choice([1, 1, 1, 2, 5]),
+            prompt,
+            max_tokens,
+            n,
+            beams=beams,
+            source_token_ids=self._source(),
             stop=frozenset(rng.sample(range(50), rng.randint(0, 3))),
             cache_salt=rng.choice(["", "", "tenant"]),
             priority=rng.randint(-3, 3),
@@ -174,6 +199,16 @@ class Simulation:
             deadline=arrival + rng.uniform(0.05, 3.0) if rng.random() < 0.25 else NO_DEADLINE,
             prompt_top_k=0 if rng.random() < 0.15 else None,
         )
+
+    def _source(self) -> tuple[int, ...]:
+        """Often one that was asked before."""
+        if not self.reads_sources:
+            return ()
+        return (self.rng.randint(0, 1),) * self.rng.choice([1, 4, 7, 16, MAX_SOURCE])
+
+    def _make_beams(self) -> BeamParams:
+        early_stopping: bool | str = self.rng.choice([True, False, "never"])
+        return BeamParams(self.rng.randint(2, 6), self.rng.choice([-1.0, 0.0, 1.0, 2.0]), early_stopping)
 
     def run(self) -> None:
         """Raises Broken, or whatever the engine raises."""
@@ -235,8 +270,13 @@ class Simulation:
         scheduler, limits = self.engine.core.scheduler, self.limits
         scheduler.check_integrity()
         check(len(scheduler.running) <= limits.max_num_seqs, "too many sequences run")
-        check(self.runner.most_rows <= limits.max_num_batched_tokens, "a step above the token budget")
+        # A source is read whole, in a step of its own kind where it is longer than the budget.
+        most = limits.max_num_batched_tokens + limits.max_source_len
+        check(self.runner.most_rows <= most, "a step above the token budget")
         for sequence in scheduler.unfinished():
+            holds = bool(sequence.cross_table)
+            reads = sequence in scheduler.running and self.reads_sources
+            check(holds == reads, "a source is held by who does not run, or missing to who does")
             call = self.calls[sequence.request.request_id]
             check(not call.ended, f"request {sequence.request.request_id} ended and holds something")
             check(sequence.request.deadline > begin, "a deadline has passed and the request goes on")

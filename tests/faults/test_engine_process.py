@@ -19,7 +19,13 @@ import pytest
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.errors import EngineStartError, EngineUnavailable, RequestFailed
 from salver.server.engine.process import EngineProcess, EngineState, EngineTimes
-from salver.server.engine.request import EngineRequest, FinishReason, SamplingParams, StoppingParams
+from salver.server.engine.request import (
+    BeamParams,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    StoppingParams,
+)
 
 FAKE_WORKER = Path(__file__).parent / "fake_worker.py"
 NEVER = 10**9  # tokens
@@ -314,6 +320,23 @@ def test_a_suspect_that_is_aborted_lets_the_others_go_on(tmp_path):
             house.when[EngineState.SERVING] = lambda: house.engine.abort(1)
             await until(lambda: second.finished)
             assert second.tokens == {0: answer(request(2, 20_000))}
+
+    asyncio.run(main())
+
+
+def test_a_beam_search_is_no_suspect_once_it_goes_well(tmp_path):
+    """It has no tokens until it ends; it begins anew in the next worker."""
+
+    async def main():
+        async with House(tmp_path, {"after_submits": 2, "die_after_steps": 3}, {}) as house:
+            search, other = Sink(), Sink()
+            house.engine.submit(request(1, NEVER, samples=2, beams=BeamParams(3)), search)
+            house.engine.submit(request(2, 20_000), other)
+            await until(lambda: other.finished)
+            assert other.tokens == {0: answer(request(2, 20_000))}
+            assert house.submits(1)[0][:3] == [1, [0, 1], [[], []]]
+            assert not search.finished and not any(search.tokens.values())
+            house.engine.abort(1)
 
     asyncio.run(main())
 

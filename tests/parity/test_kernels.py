@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import pytest
 import torch
 from support.stack import CPU, Stack
@@ -16,10 +18,19 @@ from salver.model.attention.reference import ReferenceAttention
 from salver.model.cache import KVCache
 from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
-from salver.model.kernels.library import PANEL, CBuffer, CWeight, Library, Precision, num_panels
+from salver.model.kernels.library import (
+    INT4_BLOCK,
+    INT4_BYTES,
+    PANEL,
+    CBuffer,
+    CWeight,
+    Library,
+    Precision,
+    num_panels,
+)
 from salver.model.kernels.program import NativeTransformer
 from salver.model.spec import LearnedPositions, ModelSpec, NormSpec, RopePositions, WeightMap
-from salver.model.transformer import Transformer
+from salver.model.transformer import Layer, Transformer
 
 VOCABULARY, CONTEXT = 149, 512
 BLOCKS, BLOCK_SIZE = 160, 16
@@ -40,9 +51,10 @@ WAYS = [
     Way(Precision.BFLOAT16, False),
     Way(Precision.BFLOAT16, True),
     Way(Precision.INT8, False),
+    Way(Precision.INT4, False),
 ]
 # Of logits whose largest are about 10: float32 by rounding alone; the others by what they round to.
-TOLERANCES = {Precision.FLOAT32: 2e-3, Precision.BFLOAT16: 0.5, Precision.INT8: 2.0}
+TOLERANCES = {Precision.FLOAT32: 2e-3, Precision.BFLOAT16: 0.5, Precision.INT8: 2.0, Precision.INT4: 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +112,21 @@ SPECS = {
 }
 
 
+def spec_for(name: str, way: Way) -> ModelSpec:
+    """int4 wants blocks of 32 in every depth."""
+    of = SPECS[name]
+    if way.precision is not Precision.INT4:
+        return of
+    heads = next(count for count in range(of.num_heads, 0, -1) if count * of.head_dim % INT4_BLOCK == 0)
+    sizes = {n: -(-getattr(of, n) // INT4_BLOCK) * INT4_BLOCK for n in ("hidden_size", "intermediate_size")}
+    return replace(of, num_heads=heads, num_kv_heads=min(of.num_kv_heads, heads), **sizes)
+
+
+def in_blocks(weight: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
+    """A weight as a GGUF file of this type holds it."""
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
+
+
 def random_model(of: ModelSpec, dtype: torch.dtype = torch.float32) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(of, ReferenceAttention())
@@ -126,12 +153,25 @@ def native_of(model: Transformer, library: Library, way: Way, threads: int = 2) 
     )
 
 
-def native(of: ModelSpec, library: Library, way: Way, threads: int = 2) -> Stack:
-    return native_of(random_model(of), library, way, threads)
+def model_for(name: str, way: Way) -> Transformer:
+    """What 4 bits lose of weights is not the kernel's: those of int4 lie on a lattice already."""
+    model = random_model(spec_for(name, way))
+    if way.precision is Precision.INT4:
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            for module in (layer.qkv, layer.attention_out, layer.up, layer.down):
+                weight = in_blocks(module.weight.detach(), gguf.GGMLQuantizationType.Q4_1)
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return model
 
 
-def reference(of: ModelSpec) -> Stack:
-    return Stack.of(random_model(of), KVCache(of, BLOCKS, BLOCK_SIZE, dtype=torch.float32, device=CPU))
+def native(name: str, library: Library, way: Way, threads: int = 2) -> Stack:
+    return native_of(model_for(name, way), library, way, threads)
+
+
+def reference(name: str, way: Way) -> Stack:
+    model = model_for(name, way)
+    return Stack.of(model, KVCache(model.spec, BLOCKS, BLOCK_SIZE, dtype=torch.float32, device=CPU))
 
 
 Cut = list[list[tuple[int, int]]]  # of each step: which sequence, how many of its tokens
@@ -180,8 +220,8 @@ def test_agrees_with_torch(library: Library, name: str, way: Way) -> None:
     draw = random.Random(1)
     lengths = [1, 7, 70, 150]
     tokens, steps = random_tokens(draw, lengths), random_cut(draw, lengths)
-    expected = run(reference(SPECS[name]), tokens, steps)
-    for ours, theirs in zip(run(native(SPECS[name], library, way), tokens, steps), expected, strict=True):
+    expected = run(reference(name, way), tokens, steps)
+    for ours, theirs in zip(run(native(name, library, way), tokens, steps), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=TOLERANCES[way.precision], rtol=1e-4)
 
 
@@ -199,7 +239,7 @@ def mixes(stack: Stack, count: int, seed: int) -> Iterator[tuple[list[torch.Tens
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_same_bits_in_any_mix(library: Library, name: str, way: Way) -> None:
     mixed = 0
-    for alone, together in mixes(native(SPECS[name], library, way), 34, seed=len(name)):
+    for alone, together in mixes(native(name, library, way), 34, seed=len(name)):
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
         mixed += 1
     assert mixed == 34  # six times: some two hundred
@@ -210,7 +250,7 @@ def test_the_same_bits_on_any_number_of_threads(library: Library, way: Way) -> N
     draw = random.Random(2)
     lengths = [3, 90, 33]
     tokens, steps = random_tokens(draw, lengths), random_cut(draw, lengths)
-    one, three = (run(native(SPECS["llama"], library, way, n), tokens, steps) for n in (1, 3))
+    one, three = (run(native("llama", library, way, n), tokens, steps) for n in (1, 3))
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
@@ -232,11 +272,12 @@ class Int8Rows:
     def __init__(self, rows: int, depth: int, group: int) -> None:
         self.values = torch.zeros((rows, depth), dtype=torch.int8)
         self.scales = torch.zeros((-(-depth // group), rows))
+        self.sums = torch.zeros_like(self.scales)
         self.offsets = torch.zeros(rows)
         self.buffer = CBuffer(
             data=self.values.data_ptr(), stride=depth, precision=Precision.INT8, width=depth,
             group_scale=self.scales.data_ptr(), row_offset=self.offsets.data_ptr(), scale_stride=rows,
-            group=group,
+            group=group, group_sum=self.sums.data_ptr(),
         )  # fmt: skip
 
 
@@ -281,6 +322,68 @@ def test_int8_products_are_those_of_the_same_arithmetic(library: Library, depth:
         assert torch.equal(out, sums * column_scale[:columns])
 
 
+def unpacked(packed: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """float32 scale [columns, blocks], least [columns, blocks] and values [columns, depth] of int4 panels."""
+    blocks = packed.view(packed.shape[0], -1, PANEL * INT4_BYTES)
+    numbers = blocks[..., PANEL * 16 :].contiguous().view(torch.float16).float()
+    scale, least = (n.transpose(1, 2).flatten(0, 1)[:columns] for n in numbers.split(PANEL, dim=2))
+    nibbles = blocks[..., : PANEL * 16].unflatten(2, (4, PANEL, 4))  # 8 of depth, column, byte
+    values = torch.stack((nibbles & 0x0F, nibbles >> 4), dim=4)  # low halves, and what is 4 deeper
+    values = values.permute(0, 3, 1, 2, 4, 5).flatten(2).flatten(0, 1)
+    return scale, least, values[:columns].float()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+@pytest.mark.parametrize("depth", [32, 96, 288])
+def test_int4_products_are_those_of_the_blocks_of_a_gguf_file(
+    library: Library, kind: str, depth: int
+) -> None:
+    """The weights are those of the file, to the bit; and products as with int8."""
+    torch.manual_seed(depth)
+    columns, of_kind = 5 * PANEL + 7, gguf.GGMLQuantizationType[kind]
+    weight = torch.randn(columns, depth) * torch.logspace(-3, 1, columns)[:, None]
+    weight[3, :INT4_BLOCK] = 0.0
+    weight = in_blocks(weight, of_kind)
+    packed, _ = library.pack(weight, Precision.INT4, gated=False, threads=2)
+    scale, least, integers = unpacked(packed, columns)
+    again = scale[..., None] * integers.unflatten(1, (-1, INT4_BLOCK)) + least[..., None]
+    assert torch.equal(again.flatten(1), weight)
+    of = CWeight(
+        data=packed.data_ptr(), precision=Precision.INT4, rows=columns, depth=depth,
+        panels=num_panels(columns, gated=False),
+    )  # fmt: skip
+    x = torch.randn(29, depth) * torch.logspace(-2, 2, depth)
+    x[3] = 0.0
+    for count in (*range(1, 14), 29):
+        rows = Int8Rows(count, depth, INT4_BLOCK)
+        library.put_rows(rows.buffer, x, torch.arange(count))
+        sums = torch.zeros(count, columns)
+        for number, begin in enumerate(range(0, depth, INT4_BLOCK)):
+            values = rows.values[:, begin : begin + INT4_BLOCK].float()
+            assert torch.equal(rows.sums[number], values.sum(1) * rows.scales[number])
+            part = values @ integers[:, begin : begin + INT4_BLOCK].T  # exact: small integers
+            sums = fused(least[:, number], rows.sums[number][:, None], sums)
+            sums = fused(part * scale[:, number], rows.scales[number][:, None], sums)
+        out = torch.empty(count, columns)
+        library.multiply(rows.buffer, of, out, threads=2)
+        assert torch.equal(out, sums)
+
+
+def test_what_lies_on_no_lattice_is_rounded_as_well_as_ggml_does(library: Library) -> None:
+    """Products with the unit vectors show the packed weight."""
+    torch.manual_seed(1)
+    weight = torch.randn(64, 128)
+    packed, _ = library.pack(weight, Precision.INT4, gated=False, threads=1)
+    of = CWeight(data=packed.data_ptr(), precision=Precision.INT4, rows=64, depth=128, panels=2)
+    rows, out = Int8Rows(128, 128, INT4_BLOCK), torch.empty(128, 64)
+    library.put_rows(rows.buffer, torch.eye(128), torch.arange(128))
+    library.multiply(rows.buffer, of, out, threads=1)
+    error, theirs = (out.T - weight).pow(2).sum(), []
+    for kind in (gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1):
+        theirs.append((in_blocks(weight, kind) - weight).pow(2).sum())
+    assert error <= min(theirs) * 1.001
+
+
 def test_an_outlier_costs_its_own_group_alone(library: Library) -> None:
     x = torch.randn(1, 192)
     plain, spoiled = Int8Rows(1, 192, 64), Int8Rows(1, 192, 64)
@@ -293,7 +396,7 @@ def test_an_outlier_costs_its_own_group_alone(library: Library) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_what_is_not_a_number_stays_in_its_sequence(library: Library, way: Way) -> None:
-    model = random_model(SPECS["untied"], torch.float32)
+    model = random_model(spec_for("untied", way))
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.embed.weight[5] = float("nan")
@@ -311,15 +414,21 @@ def test_what_is_not_a_number_stays_in_its_sequence(library: Library, way: Way) 
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"head_dim": 24}, "24"), ({"intermediate_size": 102}, "102"), ({"head_dim": 272}, "272")],
+    [
+        ({"head_dim": 24}, "24"),
+        ({"intermediate_size": 102}, "102"),
+        ({"head_dim": 272}, "272"),
+        ({"precision": Precision.INT4}, "width of 100 is not a multiple of 32"),
+    ],
 )
 def test_what_it_does_not_know_is_refused_untouched(
     library: Library, change: dict[str, Any], word: str
 ) -> None:
+    precision = change.pop("precision", Precision.FLOAT32)
     model = random_model(spec(**change))
     cache = KVCache(model.spec, 4, BLOCK_SIZE, dtype=torch.float32, device=CPU)
     with pytest.raises(KernelUnavailable, match=word):
-        NativeTransformer(model, cache, library, precision=Precision.FLOAT32, threads=1)
+        NativeTransformer(model, cache, library, precision=precision, threads=1)
     assert model.embed.weight.numel() == VOCABULARY * model.spec.hidden_size
 
 

@@ -52,7 +52,8 @@ def assert_predicted(checkpoint: Path, ready: Ready) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization"), [("float32", "none"), ("bfloat16", "none"), ("float32", "int8")]
+    ("dtype", "quantization"),
+    [("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "int4")],
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_packed_weights_are_predicted(

@@ -1,20 +1,24 @@
 """A runner without a model that keeps the cache's books, and what it answers to a request alone.
 
 It writes each token at its slot and, before it chooses the next one, reads the whole
-sequence back through the block table. So a wrong block, a missed copy or a stale prefix
-changes a token. A token is a function of (tokens so far, seed, sample) and of nothing else.
+sequence back through the block table, its source first, through the other one. So a wrong
+block, a missed copy or a stale prefix changes a token. A token is a function of (source,
+tokens so far, seed, sample) and of nothing else.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
+from salver.server.engine.beam import Answer, BeamSearch, Candidate, num_candidates
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.request import EngineRequest, Logprobs, SamplingParams, StoppingParams
 from salver.server.engine.scheduler import Schedule
 
 BLOCK = 4  # tokens
+VOCABULARY = 50
 
 
 class Clock:
@@ -29,7 +33,18 @@ class Clock:
 
 
 def next_token(token_ids: list[int], seed: int, index: int) -> int:
-    return random.Random(f"{token_ids} {seed} {index}").randrange(50)
+    return random.Random(f"{token_ids} {seed} {index}").randrange(VOCABULARY)
+
+
+def next_candidates(token_ids: list[int], item: EngineRequest) -> list[Candidate]:
+    """What may follow a beam with these tokens: few likely ones, many unlikely ones."""
+    assert item.beams is not None
+    source = random.Random(f"{token_ids} {item.sampling.seed}")
+    weights = [source.random() ** 4 + 1e-6 for _ in range(VOCABULARY)]
+    total = sum(weights)
+    best = sorted(range(VOCABULARY), key=lambda token: -weights[token])
+    count = num_candidates(item.beams, item.stopping)
+    return [Candidate(token, math.log(weights[token] / total)) for token in best[:count]]
 
 
 class BookkeepingRunner:
@@ -49,15 +64,23 @@ class BookkeepingRunner:
         self.most_rows = max(self.most_rows, schedule.num_tokens)
         self.rows_computed += schedule.num_tokens
         for item in schedule.scheduled:
+            if item.reads_source:
+                for position, token in enumerate(item.sequence.request.source_token_ids):
+                    self.slots[self.slot(item.sequence.cross_table, position)] = token
+        for item in schedule.scheduled:
             for position, token in enumerate(item.token_ids, item.start):
                 self.slots[self.slot(item.sequence.block_table, position)] = token
         rows = []
         for item in schedule.scheduled:
             sequence = item.sequence
             end = item.start + item.num_tokens
-            read = [self.slots[self.slot(sequence.block_table, p)] for p in range(end)]
+            source = range(sequence.num_source_tokens)
+            read = [self.slots[self.slot(sequence.cross_table, p)] for p in source]
+            read += [self.slots[self.slot(sequence.block_table, p)] for p in range(end)]
             row = RowResult()
-            if item.samples:
+            if item.samples and sequence.request.beams is not None:
+                row.candidates = next_candidates(read, sequence.request)
+            elif item.samples:
                 seed, index = sequence.request.sampling.seed, sequence.sample_index
                 for guess in (*item.draft, None):
                     row.token_ids.append(
@@ -97,8 +120,10 @@ def request(
 
 def expected(item: EngineRequest, position: int) -> list[int]:
     """What the fake model gives for a sample of a request that has the engine for itself."""
+    if item.beams is not None:
+        return list(expected_answers(item)[item.sample_indices[position]].token_ids)
     index = item.sample_indices[position]
-    tokens = [*item.prompt_token_ids, *item.outputs[position]]
+    tokens = [*item.source_token_ids, *item.prompt_token_ids, *item.outputs[position]]
     output = list(item.outputs[position])
     while len(output) < item.stopping.max_tokens:
         token = next_token(tokens, item.sampling.seed, index)
@@ -107,3 +132,12 @@ def expected(item: EngineRequest, position: int) -> list[int]:
         if token in item.stopping.stop_token_ids:
             break
     return output[len(item.outputs[position]) :]
+
+
+def expected_answers(item: EngineRequest) -> list[Answer]:
+    """The same of a beam request: the search alone, without blocks, steps and neighbours."""
+    assert item.beams is not None
+    search = BeamSearch(item.beams, item.stopping)
+    while not search.ended:
+        search.advance([next_candidates([*item.prompt_token_ids, *b.token_ids], item) for b in search.beams])
+    return search.answers

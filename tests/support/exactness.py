@@ -37,10 +37,11 @@ from salver.server.engine.request import (
     StoppingParams,
 )
 from salver.server.engine.runner import ModelRunner
+from salver.server.engine.source_reader import SourceReader
 
 CPU = torch.device("cpu")
 BLOCKS, BLOCK_SIZE, CONTEXT = 120, 16, 256
-NATIVE_MODES = ("float32", "bfloat16", "int8")
+NATIVE_MODES = ("float32", "bfloat16", "int8", "int4")
 
 
 def runner_of(checkpoint: Path, mode: str, library: Library | None) -> ModelRunner:
@@ -52,7 +53,8 @@ def runner_of(checkpoint: Path, mode: str, library: Library | None) -> ModelRunn
         assert mode == "float32"
         multiple = row_multiple(model)
         model.pad_experts(multiple)
-        return ModelRunner(model, cache, block_size=BLOCK_SIZE, row_multiple=multiple)
+        sources = SourceReader(model, cache, row_multiple=multiple) if model.encoder is not None else None
+        return ModelRunner(model, cache, block_size=BLOCK_SIZE, row_multiple=multiple, sources=sources)
     native = NativeTransformer(model, cache, library, precision=Precision[mode.upper()], threads=2)
     return ModelRunner(native, cache, block_size=BLOCK_SIZE, row_multiple=1)
 
@@ -103,16 +105,26 @@ ROOMY = EngineLimits(
 class Mix:
     """Some requests and the narrow engine that they meet in; a function of the seed."""
 
-    def __init__(self, seed: int, vocab_size: int) -> None:
+    def __init__(self, seed: int, vocab_size: int, source_vocab_size: int = 0) -> None:
+        """With `source_vocab_size` every request has a source, some the same."""
         self._draw = random.Random(f"mix/{seed}")
         self._vocab_size = vocab_size
         draw = self._draw
         stem = self._tokens(draw.choice((0, 16, 33, 64)))  # what prompts may begin with
         self.requests = [self._request(number, stem) for number in range(draw.randint(2, 6))]
+        if source_vocab_size:
+            lengths = (1, 5, 16, 17, 40, 60)
+            texts = [
+                tuple(4 + draw.randrange(source_vocab_size - 4) for _ in range(draw.choice(lengths)))
+                for _ in range(3)
+            ]
+            self.requests = [replace(r, source_token_ids=draw.choice(texts)) for r in self.requests]
         self.victims = {r.request_id for r in self.requests if draw.random() < 0.1}  # cancelled on the way
         seats = draw.choice((2, 3, 6, 12))
         longest = max(len(r.prompt_token_ids) + r.stopping.max_tokens for r in self.requests)
-        least = -(-longest // BLOCK_SIZE) + 1  # the null block, and the longest request's
+        source = max(len(r.source_token_ids) for r in self.requests)
+        # The null block, and the longest request's.
+        least = -(-longest // BLOCK_SIZE) + -(-source // BLOCK_SIZE) + 1
         self.limits = replace(
             ROOMY,
             num_blocks=least + draw.choice((0, 1, 2, 3, 60)),
@@ -120,6 +132,7 @@ class Mix:
             max_num_batched_tokens=seats + draw.choice((0, 5, 13, 40, 300)),
             tokens_for_one=draw.choice((0, 3, 20)),
             enable_prefix_caching=draw.random() < 0.7,
+            max_source_len=source,
         )
 
     def _tokens(self, count: int) -> tuple[int, ...]:
@@ -175,7 +188,8 @@ class Ways:
 
 def run_mix(runner: ModelRunner, seed: int, ways: Ways, *, bits: bool) -> Iterator[Difference]:
     """Every request alone, then all together; what differs. With `bits` the log-probabilities too."""
-    mix = Mix(seed, runner.model.spec.vocab_size)
+    encoder = runner.model.spec.encoder
+    mix = Mix(seed, runner.model.spec.vocab_size, 0 if encoder is None else encoder.vocab_size)
     alone = [_alone(runner, request) for request in mix.requests]
     asked = [mix.resumed(r, a) for r, a in zip(mix.requests, alone, strict=True)]
     answers = _together(runner, mix, asked, ways)
@@ -192,7 +206,8 @@ def run_mix(runner: ModelRunner, seed: int, ways: Ways, *, bits: bool) -> Iterat
 
 
 def _alone(runner: ModelRunner, request: EngineRequest) -> Answer:
-    limits = replace(ROOMY, rope_context=runner.model.spec.rope_context)
+    source = len(request.source_token_ids)
+    limits = replace(ROOMY, rope_context=runner.model.spec.rope_context, max_source_len=source)
     engine = InlineEngine(runner, limits, clock=itertools.count().__next__)
     answer = Answer()
     engine.submit(request, answer)

@@ -21,7 +21,9 @@ from salver.model.chat_template import ChatTemplate
 from salver.model.tokenizer import Tokenizer
 from salver.server.admission import Admission
 from salver.server.config import ServerConfig
-from salver.server.engine.errors import EngineUnavailable
+from salver.server.engine.changes import AdapterFacts, Change, Changed, DropAdapter, LoadAdapter
+from salver.server.engine.config import EngineConfig
+from salver.server.engine.errors import ChangeRefused, EngineUnavailable
 from salver.server.engine.process import EngineState, OutputSink
 from salver.server.engine.request import (
     EngineRequest,
@@ -35,6 +37,7 @@ from salver.server.metrics import Metrics
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import STATUS_CODES, RpcServer, all_methods
 from salver.v1 import (
+    admin_pb2_grpc,
     common_pb2,
     generation_pb2,
     generation_pb2_grpc,
@@ -81,7 +84,38 @@ class FakeEngine:
         self.unavailable: EngineUnavailable | None = None
         self.answer = ANSWER
 
+        self.config = EngineConfig(checkpoint="")
+        self.adapters: set[str] = set()  # keys
+        self.may_load = asyncio.Event()  # loads end when it is set
+        self.may_load.set()
+        self.refusal: ChangeRefused | None = None
+
+    async def change(self, change: Change) -> Changed:
+        """Reads nothing: an adapter's digest is the text of `digest` in its directory."""
+        assert isinstance(change, LoadAdapter)
+        source = change.source
+        self.adapters.add(source.key)
+        try:
+            await self.may_load.wait()
+            if self.refusal is not None:
+                raise self.refusal
+        except ChangeRefused:
+            self.adapters.discard(source.key)
+            raise
+        digest = (Path(source.directory) / "digest").read_text(encoding="utf-8")
+        return Changed(change.ticket, adapter=AdapterFacts(source.key, digest, rank=4, num_bytes=1000))
+
+    def tell(self, change: Change) -> None:
+        assert isinstance(change, DropAdapter)
+        assert change.key not in {key for key, _ in self.requests_of_adapters()}
+        self.adapters.discard(change.key)
+
+    def requests_of_adapters(self) -> list[tuple[str, bool]]:
+        by_id = {request.request_id: request for request in self.requests}
+        return [(by_id[number].adapter, self.hold.is_set()) for number in self.running]
+
     def submit(self, request: EngineRequest, sink: OutputSink) -> None:
+        assert not request.adapter or request.adapter in self.adapters
         if self.unavailable is not None:
             raise self.unavailable
         self.requests.append(request)
@@ -147,7 +181,8 @@ class Service:
         self, *, template: str | None = TEMPLATE, checkpoint: Path | None = None, **config: Any
     ) -> None:
         self.config = ServerConfig(model="m", port=0, **{"drain_period": 5.0, **config})
-        self.metrics = Metrics("tiny", methods=all_methods(), codes=STATUS_CODES)
+        methods = all_methods(admin=self.config.admin_port is not None)
+        self.metrics = Metrics("tiny", methods=methods, codes=STATUS_CODES)
         self.front = Front(self.metrics.rejected)
         self.admission = Admission(
             self.config.max_queued_requests, self.config.max_queued_tokens, self.metrics.rejected,
@@ -165,6 +200,10 @@ class Service:
         self.tokenization: Any = tokenization_pb2_grpc.TokenizationServiceStub(self.channel)
         self.models: Any = model_pb2_grpc.ModelServiceStub(self.channel)
         self.health: Any = health_pb2_grpc.HealthStub(self.channel)
+        if (admin := await self.rpc.open_admin_port()) is not None:
+            self.admin_address = admin
+            self.admin_channel = grpc.aio.insecure_channel(admin)
+            self.admin: Any = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
 
     def serve(self) -> None:
         ready = Ready("cpu", "float32", "torch", "2.13", "numerics-1", 1234, 17, 16, 200, 8, 64, ())
@@ -178,8 +217,9 @@ class Service:
         if self.checkpoint is not None:
             model = replace(model, checkpoint=str(self.checkpoint))
         self.front.serve(model, self.engine)
-        self.rpc.health.set_engine_state(EngineState.SERVING)
-        self.rpc.health.set_ready(True)
+        self.rpc.adapters.serve(self.engine)
+        self.rpc.set_engine_state(EngineState.SERVING)
+        self.rpc.set_ready(True)
 
     def metric(self, name: str, **labels: str) -> float:
         found = [
@@ -193,6 +233,8 @@ class Service:
 
     async def close(self) -> None:
         await self.channel.close()
+        if self.config.admin_port is not None:
+            await self.admin_channel.close()
         await self.rpc.close()
 
 

@@ -36,6 +36,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "top_k": st.integers(0, 5),
     "seed": st.integers(1, 9),
     "stop": st.sampled_from(["ab", "e"]),
+    "num_beams": st.integers(1, 4),
 }
 # Parts that a request often has. Plausible ones have few others: many are refused beside one another.
 USUAL_PARTS = {"prompt", "sampling", "stopping", "messages", "inputs", "context", "continuation"}

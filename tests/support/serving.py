@@ -77,7 +77,7 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            self.address = self._wait_for_line(r"^listening on (\S+)$")
+            self.address = self.wait_for_line(r"^listening on (\S+)$")
         except BaseException:
             self.kill()
             raise
@@ -100,7 +100,7 @@ class Server:
     def log(self) -> str:
         return "\n".join(self.lines)
 
-    def _wait_for_line(self, pattern: str) -> str:
+    def wait_for_line(self, pattern: str) -> str:
         def found() -> str | None:
             for line in list(self.lines):
                 if match := re.search(pattern, line):
@@ -113,12 +113,12 @@ class Server:
         return wait_until(f"a line {pattern!r}", found, START_TIMEOUT) or ""
 
     def wait_serving(self) -> Server:
-        self.name = self._wait_for_line(r"^serving (\S+) on ")
+        self.name = self.wait_for_line(r"^serving (\S+) on ")
         return self
 
     @property
     def metrics_url(self) -> str:
-        return self._wait_for_line(r"metrics.* (http://\S+)")
+        return self.wait_for_line(r"metrics.* (http://\S+)")
 
     @property
     def worker(self) -> psutil.Process:

@@ -6,14 +6,16 @@ import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from salver.model.attention import AttentionBatch
+from salver.model.attention import AttentionBatch, into_slots, over_sources
 from salver.model.cache import KVCache
+from salver.model.encoder import build_encoder_batch
 from salver.model.loader import load_model
-from salver.model.transformer import Decoder
+from salver.model.transformer import Decoder, SourceDecoder
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
@@ -48,6 +50,22 @@ class Stack:
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
         self.prompts: dict[int, int] = {}  # lengths of prompts
+        self.sources: dict[int, tuple[list[int], int]] = {}  # of encoder-decoders: blocks, length
+
+    @torch.inference_mode()
+    def read(self, sources: dict[int, Sequence[int]]) -> None:
+        """Encodes the sources of sequences, all in one step."""
+        spec = self.model.spec.encoder
+        assert spec is not None
+        model = cast(SourceDecoder, self.model)
+        order = sorted(sources, key=lambda sequence: len(sources[sequence]))
+        inputs = [list(sources[sequence]) for sequence in order]
+        batch = build_encoder_batch(spec, inputs, [[]] * len(inputs), row_multiple=4, device=CPU)
+        tables = [[self.free.pop() for _ in range(-(-len(ids) // self.block_size))] for ids in inputs]
+        lengths = list(map(len, inputs))
+        slots = into_slots(tables, lengths, batch.token_ids.numel(), self.block_size, CPU)
+        model.encode(batch, self.cache, slots)
+        self.sources |= dict(zip(order, zip(tables, lengths, strict=True), strict=True))
 
     @torch.inference_mode()
     def step(self, parts: Sequence[tuple[int, Sequence[int]]], padding: int = 0) -> list[Tensor]:
@@ -76,6 +94,9 @@ class Stack:
             slot_mapping=torch.tensor(slots + [i % size for i in range(padding)]),
             prompt_lens=[self.prompts.get(sequence, 0) for sequence, _ in parts],
         )
+        if self.sources:
+            tables, lengths = zip(*(self.sources[sequence] for sequence, _ in parts), strict=True)
+            batch.source = over_sources(batch, tables, lengths)
         hidden = self.model(
             torch.tensor(token_ids + [0] * padding),
             torch.tensor(positions + [0] * padding),

@@ -83,8 +83,12 @@ def test_an_overlay(overlay: str, tool: str, tmp_path: Path) -> None:
 
     # Each flag that names a file has it mounted, and what is written has a volume.
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-    for file in (config.tls_cert, config.tls_key, config.tls_client_ca, config.tokens):
+    for file in (
+        config.tls_cert, config.tls_key, config.tls_client_ca, config.tokens, config.admin_token_file
+    ):  # fmt: skip
         assert file is None or str(file.parent) in mounts
+    assert config.adapter_root is None or str(config.adapter_root) in mounts
+    assert config.admin_port == ports.get("admin") and config.admin_is_open == ("admin" in ports)
     assert {"/tmp", "/var/cache/salver", "/etc/salver"} <= mounts
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert volumes == {mount["name"] for mount in container["volumeMounts"]}
@@ -115,6 +119,9 @@ def test_what_overlays_add(tool: str) -> None:
         objects = build(tool, overlay)
         assert of_kind(objects, kind)["spec"]["scaleTargetRef"]["name"] == "salver"
         assert "replicas" not in of_kind(objects, "Deployment")["spec"]
+    admin = [item["spec"] for item in build(tool, "admin") if item["kind"] == "NetworkPolicy"]
+    (rule,) = (rule for spec in admin for rule in spec["ingress"] if rule["ports"] == [{"port": "admin"}])
+    assert rule["from"] == [{"podSelector": {"matchLabels": {"salver.dev/admin": "true"}}}]
     mtls = build(tool, "mtls")
     volumes = of_kind(mtls, "Deployment")["spec"]["template"]["spec"]["volumes"]
     names = {volume["secret"]["secretName"] for volume in volumes if "secret" in volume}

@@ -23,19 +23,23 @@ WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
         *("attention_rows", "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts"),
-        *("roofline", "runner", "startup", "worker"),
+        *("roofline", "runner", "source_reader", "startup", "updates", "worker"),
     )
 )  # fmt: skip
 PURE = tuple(
     f"{ENGINE}.{name}"
     for name in (
+        "changes",
         "request",
         "config",
         "errors",
         "sequence",
         "blocks",
+        "cross_cache",
         "drafts",
         "waiting",
+        "beam",
+        "beam_groups",
         "scheduler",
         "core",
         "inline",

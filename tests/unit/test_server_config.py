@@ -61,14 +61,26 @@ def test_every_flag_changes_its_field(tmp_path: Path) -> None:
         "health_port": "6", "log_format": "json", "metrics_compat": "vllm", "otlp_endpoint": "http://c:4317",
         "speculation": "ngram", "speculative_model": "/d", "num_draft_tokens": "3",
         "adapter": "a=/x,b=/y",
+        "admin_port": "7", "admin_host": "::1", "admin_token_file": "/tokens", "admin_tls_cert": "/cert",
+        "admin_tls_key": "/key", "admin_tls_client_ca": "/ca", "adapter_root": "/adapters",
+        "max_adapters": "3",
     }  # fmt: skip
-    pair = {"tls_cert": "/cert", "tls_key": "/key"}  # one is refused without the other
+    # Refused without the others.
+    needed = {
+        **dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"), ("tls_cert", "tls_key")),
+        **dict.fromkeys(("admin_token_file", "adapter_root"), ("admin_port",)),
+        **dict.fromkeys(
+            ("admin_tls_cert", "admin_tls_key", "admin_tls_client_ca"),
+            ("admin_port", "admin_tls_cert", "admin_tls_key"),
+        ),
+        "max_adapters": ("admin_port", "adapter_root"),
+    }
     default = parse_config(["m"], {})
     for field in dataclasses.fields(ServerConfig):
         if field.name == "model":
             continue
         value = [words[field.name]] if field.name in words else []
-        beside = {k: v for k, v in pair.items() if field.name.startswith("tls_") and k != field.name}
+        beside = {name: words[name] for name in needed.get(field.name, ()) if name != field.name}
         flags = [word for name, text in beside.items() for word in (flag_of(name), text)]
         variables = {environment_variable_of(name): text for name, text in beside.items()}
         by_flag = parse_config(["m", flag_of(field.name), *value, *flags], {})

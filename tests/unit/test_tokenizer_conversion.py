@@ -102,7 +102,7 @@ def test_vocabulary_and_merges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"tokenizer_class": "T5Tokenizer"}, "tokenizer_class 'T5Tokenizer'"),
+        ({"tokenizer_class": "PegasusTokenizer"}, "tokenizer_class 'PegasusTokenizer'"),
         ({"add_eos_token": True}, "add_eos_token"),
     ],
 )
@@ -126,3 +126,15 @@ def test_a_damaged_model(tmp_path: Path) -> None:
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing"):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_t5_ends_its_texts_and_has_marks_behind_its_pieces(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "spiece.model", UNIGRAM)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    ids, plain = tokenizer.encode("the fox"), tokenizer.encode("the fox", add_special_tokens=False)
+    assert ids == [*plain, tokenizer.token_to_id("</s>")]
+    pieces = len(model.pieces)
+    assert tokenizer.vocab_size == pieces + 100
+    assert [tokenizer.token_to_id(f"<extra_id_{i}>") for i in (99, 0)] == [pieces, pieces + 99]
+    assert tokenizer.decode([pieces + 99, *ids]) == "the fox"

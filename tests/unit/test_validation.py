@@ -10,9 +10,10 @@ import grpc
 import pytest
 
 from salver.model.generation_config import GenerationConfig
+from salver.server.engine.changes import AdapterFacts
 from salver.server.engine.request import Ready
 from salver.server.rpc.errors import ApiError
-from salver.server.rpc.served import RequestLimits, ServedModel
+from salver.server.rpc.served import LoadedAdapter, RequestLimits, ServedModel
 from salver.server.rpc.validation import (
     Violations,
     check_generation,
@@ -229,9 +230,10 @@ def test_unknown_model() -> None:
 
 
 def test_an_adapter_has_numerics_of_its_own() -> None:
-    model = replace(MODEL, ready=replace(READY, adapters=(("polite", "abc" * 20),)))
+    facts = AdapterFacts("polite@3", "abc" * 20, rank=4, num_bytes=1000)
+    model = replace(MODEL, adapters=(LoadedAdapter("polite", 3, "/adapters/polite", facts),))
     found = model_named("polite", model)
-    assert (found.name, found.adapter, found.weights_digest) == ("polite", "polite", "abc" * 20)
+    assert (found.name, found.adapter, found.weights_digest) == ("polite", "polite@3", "abc" * 20)
     assert found.ready.numerics_id == "ours+" + ("abc" * 20)[:16]
     assert model_named("m", model).adapter == ""
     with pytest.raises(ApiError, match="'m', 'polite' is"):

@@ -1,5 +1,6 @@
 """Salver's Python client: typed, light, synchronous and asynchronous."""
 
+from salver.client.admin import Adapter, AdapterLoad, AdapterUnload, AdminClient, AsyncAdminClient
 from salver.client.async_client import AsyncClient, AsyncStream
 from salver.client.client import Client, Stream
 from salver.client.encoding import (
@@ -21,6 +22,7 @@ from salver.client.encoding import (
     TokenEmbedding,
 )
 from salver.client.errors import (
+    Aborted,
     Cancelled,
     DataLoss,
     DeadlineExceeded,
@@ -57,6 +59,7 @@ from salver.client.model_card import (
 from salver.client.options import ConnectionOptions
 from salver.client.security import Tls, token_from_file
 from salver.client.types import (
+    BeamParams,
     Candidate,
     ChatOptions,
     Completion,
@@ -83,7 +86,13 @@ from salver.client.types import (
 )
 
 __all__ = [
+    "Aborted",
+    "Adapter",
+    "AdapterLoad",
+    "AdapterUnload",
+    "AdminClient",
     "Answer",
+    "AsyncAdminClient",
     "AsyncClient",
     "AsyncStream",
     "Attention",
@@ -91,6 +100,7 @@ __all__ = [
     "AttentionMatrix",
     "AttentionOptions",
     "AttentionUnit",
+    "BeamParams",
     "Cancelled",
     "Candidate",
     "ChatOptions",

@@ -365,6 +365,10 @@ class AsyncClient:
             await asyncio.sleep(min(0.1, max(0.0, end - time.monotonic())))
         raise failure
 
+    async def call(self, rpc: Rpc) -> Any:
+        """Makes a call that another part of the SDK describes. Raises SalverError."""
+        return await self._call(rpc)
+
     async def _call(self, rpc: Rpc, slots: _Slots | None = None) -> Any:
         attempts = Attempts(rpc, self._options, self._target.several)
         method = rpc.method(self._stubs)

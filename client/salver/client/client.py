@@ -357,6 +357,10 @@ class Client:
             time.sleep(min(0.1, max(0.0, end - time.monotonic())))
         raise failure
 
+    def call(self, rpc: Rpc) -> Any:
+        """Makes a call that another part of the SDK describes. Raises SalverError."""
+        return self._call(rpc)
+
     def _call(self, rpc: Rpc, slots: _Slots | None = None) -> Any:
         attempts = Attempts(rpc, self._options, self._target.several)
         method = rpc.method(self._stubs)

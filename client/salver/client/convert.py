@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from salver.client.types import (
+    BeamParams,
     Candidate,
     Completion,
     FinishReason,
@@ -68,7 +69,11 @@ _FINISH_REASONS = {
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     common_pb2.FINISH_REASON_ABORT: FinishReason.ABORT,
 }
-
+_EARLY_STOPPING: dict[bool | str, common_pb2.BeamParams.EarlyStopping] = {
+    False: common_pb2.BeamParams.EARLY_STOPPING_HEURISTIC,
+    True: common_pb2.BeamParams.EARLY_STOPPING_FIRST,
+    "never": common_pb2.BeamParams.EARLY_STOPPING_NEVER,
+}
 _ORIGINS = {
     common_pb2.CONFIGURATION_ORIGIN_REQUEST: Origin.REQUEST,
     common_pb2.CONFIGURATION_ORIGIN_CHECKPOINT: Origin.CHECKPOINT,
@@ -148,6 +153,8 @@ def to_generation(make: type[Request], options: Mapping[str, Any], **inputs: Any
         fields["tools"] = to_tools(rest.pop("tools"))
     if "tool_choice" in rest:
         fields["tool_choice"] = to_tool_choice(rest.pop("tool_choice"))
+    if "beams" in rest:
+        fields["beams"] = to_beams(rest.pop("beams"))
     if "resume" in rest:
         fields["resume"] = to_resume(rest.pop("resume"))
     template_kwargs = rest.pop("template_kwargs", None)
@@ -170,6 +177,20 @@ def to_structured_output(options: Mapping[str, Any]) -> generation_pb2.Structure
     elif form == "choice":
         value = generation_pb2.StructuredOutput.Choice(options=value)
     return generation_pb2.StructuredOutput(**{form: value})
+
+
+def to_beams(beams: int | BeamParams) -> common_pb2.BeamParams:
+    """Raises TypeError for an early_stopping that is none."""
+    if not isinstance(beams, BeamParams):
+        return common_pb2.BeamParams(num_beams=beams)
+    early_stopping = common_pb2.BeamParams.EARLY_STOPPING_UNSPECIFIED
+    if beams.early_stopping is not None:
+        if beams.early_stopping not in _EARLY_STOPPING:
+            raise TypeError(f'early_stopping is {beams.early_stopping!r}, not True, False or "never"')
+        early_stopping = _EARLY_STOPPING[beams.early_stopping]
+    return common_pb2.BeamParams(
+        num_beams=beams.num_beams, length_penalty=beams.length_penalty, early_stopping=early_stopping
+    )
 
 
 def to_resume(resume: Resume) -> common_pb2.Resume:
@@ -278,6 +299,7 @@ def _completion(c: common_pb2.Completion) -> Completion:
         content=c.content,
         reasoning=c.reasoning,
         tool_calls=tuple(ToolCall(t.name, t.arguments, t.id, t.index) for t in c.tool_calls),
+        score=c.score if c.HasField("score") else None,
     )
 
 
@@ -301,13 +323,18 @@ def _candidates(candidates: Iterable[common_pb2.Candidate]) -> tuple[Candidate, 
 
 def _configuration(configuration: common_pb2.GenerationConfiguration) -> dict[str, Setting]:
     settings = {}
-    for prefix in ("sampling", "stopping"):
+    early_stopping = {value: name for name, value in _EARLY_STOPPING.items()}
+    for prefix in ("sampling", "stopping", "beams"):
         part = getattr(configuration, prefix)
         for field in part.DESCRIPTOR.fields:
             path = f"{prefix}.{field.name}"
             origin = _ORIGINS.get(configuration.origins[path]) if path in configuration.origins else None
-            if origin is not None:
-                settings[field.name] = Setting(_plain(getattr(part, field.name)), origin)
+            if origin is None:
+                continue
+            value = _plain(getattr(part, field.name))
+            settings[field.name] = Setting(
+                early_stopping[value] if field.name == "early_stopping" else value, origin
+            )
     return settings
 
 

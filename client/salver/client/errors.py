@@ -94,6 +94,10 @@ class Cancelled(SalverError):
     """The call was cancelled."""
 
 
+class Aborted(SalverError):
+    """Who runs the server ended the call, as by unloading its adapter; see `reason`."""
+
+
 class Unauthenticated(SalverError):
     """No valid credentials."""
 
@@ -119,6 +123,7 @@ _KINDS: dict[grpc.StatusCode, type[SalverError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.ABORTED: Aborted,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.DATA_LOSS: DataLoss,

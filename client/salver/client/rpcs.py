@@ -14,6 +14,7 @@ from salver.client.convert import Conversation, PromptLike
 from salver.client.options import DEFAULT_TIMEOUT, GENERATION_TIMEOUT
 from salver.client.types import ChatOptions, GenerationOptions, Resume, ScoreOptions
 from salver.v1 import (
+    admin_pb2_grpc,
     common_pb2,
     encoding_pb2_grpc,
     generation_pb2,
@@ -37,6 +38,7 @@ class Stubs:
         self.inspection: Any = inspection_pb2_grpc.InspectionServiceStub(channel)
         self.tokenization: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)
         self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
+        self.admin: Any = admin_pb2_grpc.AdminServiceStub(channel)
         self.health: Any = health.check(channel)
 
 

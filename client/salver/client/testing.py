@@ -181,6 +181,7 @@ class _Sample:
     def __init__(self, request: FakeRequest, script: Script) -> None:
         self._stopping = request.message.stopping
         self._logprobs = request.message.logprobs
+        self._beams = request.message.HasField("beams")
         self._most = self._stopping.max_tokens or _DEFAULT_TOKENS
         self._pieces = iter(script(request))
         self._ahead = next(self._pieces, None)
@@ -222,6 +223,8 @@ class _Sample:
         delta.text, self._held = self._held[:certain], self._held[certain:]
         self._length += len(delta.text)
         self.finished = bool(delta.finish_reason)
+        if self.finished and self._beams:
+            delta.score = 0.0 - self._index
         return delta
 
     def replay(self, token_ids: Iterable[int]) -> common_pb2.Completion | None:
@@ -288,6 +291,9 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         fault = fake._faults.pop(0) if fake._faults else None
         if fault is not None and fault.after == 0:
             _abort(context, fault)
+        if method.startswith("Stream") and request.HasField("beams"):
+            message = "beams: cannot be streamed"
+            _abort(context, _Fault(grpc.StatusCode.INVALID_ARGUMENT, message, 0, None, ""))
         resume = request.resume
         resumed = request.HasField("resume")
         if resumed and resume.numerics_id != numerics_id and not resume.allow_numerics_mismatch:

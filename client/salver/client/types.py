@@ -6,7 +6,7 @@ import enum
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 
 class FinishReason(enum.Enum):
@@ -115,6 +115,7 @@ class Completion:
     """One sample; in a stream, what was added to it, starting at the offsets (code points, tokens).
 
     With tools or separate_reasoning, content, reasoning and tool_calls are what `text` says.
+    `score` is that of a beam search.
     """
 
     index: int
@@ -128,6 +129,20 @@ class Completion:
     content: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BeamParams:
+    """Asks for the `n` best answers of a beam search; None is the checkpoint's or the server's default.
+
+    Scores are divided by (output tokens)**length_penalty. early_stopping: when the search ends, once it
+    has num_beams answers: at once (True), when better ones are unlikely (False), or impossible ("never").
+    """
+
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +270,7 @@ class Limits:
     kv_cache_tokens: int
     max_samples: int
     max_top_logprobs: int
+    max_beams: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +292,10 @@ class GenerationOptions(TypedDict, total=False):
 
     `timeout` is in seconds, `logprobs` and `prompt_logprobs` say how many of the most probable
     tokens to return at each position (0: the chosen one alone), `logprob_token_ids` which others.
+    `beams` asks for a beam search, of so many beams or as a `BeamParams`; it cannot be streamed.
     `json_schema` (a mapping, or its text), `json_object`, `regex`, `grammar` and `choice` say what the
     text must be; at most one of them. What each option does is said in docs/generation.md.
+    `target_language` and `source_language` are of a translation model (docs/models.md), and of no chat.
     """
 
     temperature: float
@@ -310,8 +328,11 @@ class GenerationOptions(TypedDict, total=False):
     regex: str
     grammar: str
     choice: Sequence[str]
+    beams: int | BeamParams
     priority: int
     cache_salt: str
+    target_language: str
+    source_language: str
     resume: Resume
     request_id: str
     model: str
@@ -334,6 +355,8 @@ class ScoreOptions(TypedDict, total=False):
 
     top_k: int
     priority: int
+    target_language: str
+    source_language: str
     request_id: str
     model: str
     timeout: float

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .errors import CheckpointError
 from .layers import Embedding, Linear, Norm
 from .loader import CheckpointTensors, SourceWriter
 from .spec import Copy, Mxfp4, Source, WeightMap, names_of
-from .transformer import Transformer
+from .transformer import Decoder, Transformer
 from .weights import PickleFile, SafetensorsFile, WeightFile
 
 _FILES = (("adapter_model.safetensors", SafetensorsFile), ("adapter_model.bin", PickleFile))
@@ -97,9 +97,10 @@ class AdapterBase:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: Transformer | Encoder | Packed) -> AdapterBase:
+    def of(cls, model: Decoder | Encoder) -> AdapterBase:
         """Of a model that `load_model` or `load_encoder` made, or that the native kernel made of one."""
         if not isinstance(model, Transformer | Encoder):
+            assert isinstance(model, Packed)
             return model.adapter_base
         if model.checkpoint is None:
             raise ValueError("the model was not loaded from a checkpoint")
@@ -137,6 +138,7 @@ class AdapterBase:
         return name
 
 
+@runtime_checkable
 class Packed(Protocol):
     """A model whose weights the native kernel has taken over."""
 
@@ -144,7 +146,7 @@ class Packed(Protocol):
     def adapter_base(self) -> AdapterBase: ...
 
 
-def load_adapter(path: Path, model: AdapterBase | Transformer | Encoder | Packed) -> Adapter:
+def load_adapter(path: Path, model: AdapterBase | Decoder | Encoder) -> Adapter:
     """The adapter in a PEFT directory, for this model.
 
     Raises CheckpointError, naming file and tensor or field, for what is missing, misshaped, of another
@@ -330,7 +332,7 @@ class _Reader:
             )
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{self._file.path}: tensor {name} holds NaN or infinity")
-        return tensor.float()
+        return tensor.to(torch.float32, copy=True)  # a view of the mapped file would change with it
 
 
 class _AdaptedTensors(SourceWriter):

@@ -71,10 +71,6 @@ class AdapterSet:
         if install:
             self.install()
 
-    @property
-    def digests(self) -> dict[str, str]:
-        return {name: adapter.digest for name, adapter in self.adapters.items()}
-
     def install(self) -> None:
         """Puts them there, in the place of another set's."""
         self._installed.install()

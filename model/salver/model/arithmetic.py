@@ -16,6 +16,7 @@ from .spec import Cat, ModelSpec, Source, Stack, names_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _PANEL, _LANES = 32, 16  # columns of the native kernel's packed panels; see kernels/library.py
+_INT4_BLOCK, _INT4_BYTES = 32, 20  # likewise
 _LAYER = re.compile(r"layers\.\d+\.")
 _EMBEDDINGS = (
     "embed",
@@ -33,8 +34,10 @@ _TABLES = (
     "buckets",
     "sinks",
     "experts.correction",
+    "logit_bias",
 )  # no row multiplies them
-_ATTENTION = ("qkv", "attention_out", "latent", "buckets", "sinks", "query_norm", "key_norm")
+_ATTENTION = ("qkv", "attention_out", "latent", "buckets", "sinks", "query_norm", "key_norm", "cross")
+_ENCODER = "encoder."  # of an encoder-decoder
 _MLP = ("up", "down")
 
 
@@ -63,20 +66,24 @@ class LoadedTensor:
 
     @property
     def is_bias(self) -> bool:
-        return self.name.endswith(".bias") or self.module in ("experts.correction", "head.bias")
+        return self.name.endswith(".bias") or self.module in ("experts.correction", "head.bias", "logit_bias")
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether the tokens of an encoder-decoder's source meet it, and not those of its output."""
+        return self.name.startswith(_ENCODER) or self.module == "cross.key_value"
 
     @property
     def part(self) -> str:
         """embedding, attention, mlp, experts, norm or head."""
-        module = self.module
-        first = module.partition(".")[0]
+        first = self.module.removeprefix(_ENCODER).partition(".")[0]
         if first in _EMBEDDINGS:
             return "embedding"
         if first in _ATTENTION:
             return "attention"
         if first == "experts":
             return "experts"
-        if first == "head":
+        if first in ("head", "logit_bias"):
             return "head"
         return "mlp" if first in _MLP else "norm"
 
@@ -86,7 +93,7 @@ class LoadedTensor:
         return (
             len(self.shape) >= 2
             and self.name.endswith(".weight")
-            and self.module not in _TABLES
+            and self.module.removeprefix(_ENCODER) not in _TABLES
             and "norm" not in self.module
         )
 
@@ -113,7 +120,8 @@ def _ranged(first: str, last: str) -> str:
 class Storage:
     """How a server holds a model's tensors: as they were loaded, or packed by the native kernel.
 
-    `quantization` is "none" or "int8". The kernel packs matrices in panels of 32 columns, keeps norms,
+    `quantization` is "none", "int8" or "int4" (there the head is int8, a table
+    bfloat16). The kernel packs matrices in panels of 32 columns, keeps norms,
     biases and scales in float32, and holds a tied embedding once: as the packed head. Of an encoder it
     packs the linear maps alone, and a tied head as a copy beside the table.
     """
@@ -127,14 +135,20 @@ class Storage:
             return tensor.nbytes
         if isinstance(spec, EncoderSpec):
             return _packed_encoder_bytes(tensor, spec)
+        if tensor.name.startswith(_ENCODER):  # its products are in float32 whatever the decoder is in
+            columns = _columns(tensor.shape[0], False) if tensor.multiplies else 0
+            return (columns * (tensor.shape[1] + 1) if columns else tensor.size) * BYTES["float32"]
         gated = spec.gated and tensor.module == "up"
         if tensor.multiplies or (tensor.module == "embed" and spec.tied_head):
             rows, depth = tensor.shape
             columns = _columns(rows, gated)
-            int8 = self.quantization == "int8"
-            return columns * (depth + BYTES["float32"] if int8 else depth * BYTES[tensor.dtype])
+            if self.quantization == "none":
+                return columns * depth * BYTES[tensor.dtype]
+            if self.quantization == "int4" and tensor.module not in ("embed", "head"):
+                return columns * depth * _INT4_BYTES // _INT4_BLOCK
+            return columns * (depth + BYTES["float32"])
         if tensor.module in ("embed", "positions"):
-            return tensor.nbytes
+            return tensor.size * BYTES["bfloat16"] if self.quantization == "int4" else tensor.nbytes
         size = tensor.size if "norm" in tensor.module else _columns(tensor.size, gated)
         return size * BYTES["float32"]
 
@@ -188,14 +202,24 @@ class Arithmetic:
     @property
     def body_operations(self) -> float:
         """Of any token, at least: the products of all layers, without attention's and the head's."""
-        return 2 * self._multiplied(head=False)
+        return 2 * self._multiplied(head=False, source=self._reads)
+
+    @property
+    def _reads(self) -> bool:
+        """Whether prompts are sources, which an encoder reads."""
+        return isinstance(self._spec, ModelSpec) and self._spec.encoder is not None
 
     def decode(self, context: int) -> Cost | None:
-        """Of the token that comes after `context - 1` others, alone in its step. None for an encoder."""
+        """Of the token that comes after `context - 1` others, alone in its step. None for an encoder.
+
+        Of an encoder-decoder, beside a source as long.
+        """
         spec = self._spec
         if isinstance(spec, EncoderSpec):
             return None
         seen = [min(context, spec.window(layer) or context) for layer in range(spec.num_layers)]
+        if self._reads:
+            seen += [context] * spec.num_layers
         attention = 4 * spec.num_heads * spec.head_dim * sum(seen)
         cache = self.kv_bytes_per_token / spec.num_layers * sum(seen)
         return Cost(2 * self._multiplied(head=True) + attention, self._read_bytes() + cache)
@@ -203,9 +227,15 @@ class Arithmetic:
     def prefill(self, length: int, batch: int) -> Cost:
         """Of each token of an input of `length`, `batch` tokens in a step, which reads the weights once.
 
-        A decoder's head reads the last one alone.
+        A decoder's head reads the last one alone. Of an encoder-decoder, of each token of a source.
         """
         spec = self._spec
+        if isinstance(spec, ModelSpec) and spec.encoder is not None:
+            reads = spec.encoder
+            operations = 2 * self._multiplied(head=False, source=True)
+            operations += 4.0 * reads.num_heads * reads.head_dim * length * reads.num_layers
+            weights = sum(self._storage.nbytes(t, spec) for t in self._tensors if t.reads_source)
+            return Cost(operations, weights / batch)
         if isinstance(spec, EncoderSpec):
             head = spec.head is not None and spec.head.reads != "input"
             seen = [
@@ -221,9 +251,13 @@ class Arithmetic:
             operations += 2 * self._head_values() / length
         return Cost(operations, self._storage.total(self._tensors, spec) / batch)
 
-    def _multiplied(self, *, head: bool) -> float:
-        """Values of the matrices that a token's row is multiplied with."""
-        found = sum(t.size * self._share(t) for t in self._tensors if t.multiplies and t.part != "head")
+    def _multiplied(self, *, head: bool, source: bool = False) -> float:
+        """Values of the matrices that a token's row is multiplied with; `source`: of a source."""
+        found = sum(
+            t.size * self._share(t)
+            for t in self._tensors
+            if t.multiplies and t.part != "head" and t.reads_source == source
+        )
         return found + (self._head_values() if head else 0)
 
     def _head_values(self) -> int:
@@ -248,7 +282,8 @@ class Arithmetic:
         return sum(
             self._storage.nbytes(t, self._spec) * self._share(t)
             for t in self._tensors
-            if t.module not in ("embed", "positions") or (t.module == "embed" and tied)
+            if not t.reads_source
+            and (t.module not in ("embed", "positions") or (t.module == "embed" and tied))
         )
 
 

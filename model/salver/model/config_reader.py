@@ -297,6 +297,15 @@ def read_spec(checkpoint: Path, fields: FieldsRead | None = None) -> ModelSpec:
         return spec
     generation = ConfigReader(read_json(generation_path), str(generation_path), fields.generation)
     bos, eos = generation.token_id("bos_token_id"), generation.token_ids("eos_token_id")
+    if spec.encoder is not None:
+        start = generation.token_id("decoder_start_token_id")
+        spec = dataclasses.replace(
+            spec,
+            decoder_start_token_id=spec.decoder_start_token_id if start is None else start,
+            # As in transformers: where there is such a file, what config.json forces counts no more.
+            forced_bos_token_id=generation.token_id("forced_bos_token_id"),
+            forced_eos_token_id=generation.token_id("forced_eos_token_id"),
+        )
     return dataclasses.replace(
         spec,
         bos_token_id=spec.bos_token_id if bos is None else bos,

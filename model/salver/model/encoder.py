@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .arithmetic import LoadedTensor
+from .buckets import distance_buckets
 from .encoder_spec import EncoderSpec, HeadSpec, RelativeBuckets
 from .layers import ACTIVATIONS, Embedding, Linear, Norm, Weights
-from .rope import Rope, Rotation
+from .rope import Rope, Rotation, sinusoids
 
 ENCODER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**ACTIVATIONS, "tanh": torch.tanh}
 MASKED = -math.inf
@@ -89,9 +90,10 @@ def build_encoder_batch(
 class SelfAttention:
     """Softmax attention of every token to every other of its input, with a bias and a window if need be."""
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    def __init__(self, num_heads: int, head_dim: int, scale: float) -> None:
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.scale = scale
 
     def __call__(self, qkv: Tensor, runs: list[tuple[int, int, int]], masks: Masks) -> Tensor:
         """[N, heads x head_dim] of queries, keys, values [N, 3, heads, head_dim]; padding rows are 0."""
@@ -100,15 +102,17 @@ class SelfAttention:
             rows = slice(row, row + count * length)
             parts = qkv[rows].view(count, length, 3, self.num_heads, self.head_dim)
             query, key, value = parts.permute(2, 0, 3, 1, 4)
-            found = F.scaled_dot_product_attention(query, key, value, attn_mask=masks.of(length))
+            found = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=masks.of(length), scale=self.scale
+            )
             out[rows] = found.transpose(1, 2).reshape(count * length, self.num_heads, self.head_dim)
         return out.flatten(1)
 
 
-def self_attention_weights(heads: Tensor, mask: Tensor | None) -> Tensor:
+def self_attention_weights(heads: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """float32 [heads, n, n] of an input's queries and keys [n, 3, heads, head_dim]; rows sum to 1."""
     query, key = heads[:, 0].float(), heads[:, 1].float()
-    scores = torch.einsum("nhd,lhd->hnl", query, key) / math.sqrt(heads.shape[-1])
+    scores = torch.einsum("nhd,lhd->hnl", query, key) * (scale or heads.shape[-1] ** -0.5)
     return (scores if mask is None else scores + mask.float()).softmax(-1)
 
 
@@ -144,16 +148,19 @@ class EncoderLayer(nn.Module):
         super().__init__()
         hidden, inner = spec.hidden_size, spec.intermediate_size
         self.num_heads, self.head_dim = spec.num_heads, spec.head_dim
+        width = spec.num_heads * spec.head_dim
         self.pre_norm = spec.pre_norm
         self.gated = spec.gated
         self.activation = ENCODER_ACTIVATIONS[spec.activation]
-        self.attention = SelfAttention(spec.num_heads, spec.head_dim)
-        self.qkv = Linear(3 * hidden, hidden, bias=spec.qkv_bias)
-        self.attention_out = Linear(hidden, hidden, bias=spec.attention_out_bias)
+        self.attention = SelfAttention(spec.num_heads, spec.head_dim, spec.attention_scale)
+        self.qkv = Linear(3 * width, hidden, bias=spec.qkv_bias)
+        self.attention_out = Linear(hidden, width, bias=spec.attention_out_bias)
         self.attention_norm = Norm(spec.norm, hidden) if attention_norm else None
         self.up = Linear(2 * inner if spec.gated else inner, hidden, bias=spec.mlp_bias)  # gate, up
         self.down = Linear(hidden, inner, bias=spec.mlp_bias)
         self.mlp_norm = Norm(spec.norm, hidden)
+        own = spec.buckets is not None and spec.buckets.own
+        self.buckets = Weights(spec.buckets.num_buckets, spec.num_heads) if own and spec.buckets else None
 
     def forward(
         self,
@@ -225,14 +232,15 @@ class Encoder(nn.Module):
         size = spec.embedding_size or spec.hidden_size
         self.embed = Embedding(spec.vocab_size, size)
         table = spec.positions
-        rows = 0 if table is None else spec.max_input_tokens + table.offset
+        rows = 0 if table is None or spec.sinusoids else spec.max_input_tokens + table.offset
         self.positions = Embedding(rows, size) if rows else None
         self.segments = Embedding(spec.num_segments, size) if spec.num_segments else None
-        self.embedding_norm = Norm(spec.norm, size)
+        self.embedding_norm = Norm(spec.norm, size) if spec.embedding_norm else None
         self.embedding_projection = (
             Linear(spec.hidden_size, size, bias=True) if spec.embedding_projection else None
         )
-        self.buckets = Weights(spec.buckets.num_buckets, spec.num_heads) if spec.buckets else None
+        shared = spec.buckets is not None and not spec.buckets.own
+        self.buckets = Weights(spec.buckets.num_buckets, spec.num_heads) if shared and spec.buckets else None
         self.layers = nn.ModuleList(
             EncoderLayer(spec, attention_norm=spec.first_norm or index > 0)
             for index in range(spec.num_layers)
@@ -241,6 +249,8 @@ class Encoder(nn.Module):
         self.head = Head(spec.head, spec.hidden_size) if spec.head else None
         self.rope: Rope | None = None
         self.local_rope: Rope | None = None
+        self._waves: Tensor | None = None
+        self.look_up: Callable[[Tensor], Tensor] | None = None  # of embeddings that another kernel holds
 
     def place(self, device: torch.device) -> None:
         """Computes what is derived from the spec, on the device. The loader calls it."""
@@ -249,6 +259,9 @@ class Encoder(nn.Module):
             self.rope = Rope(spec.rope, spec.head_dim, device)
             local = spec.local_rope or spec.rope
             self.local_rope = Rope(local, spec.head_dim, device)
+        if spec.sinusoids is not None:
+            rows = spec.max_input_tokens + (0 if spec.positions is None else spec.positions.offset)
+            self._waves = sinusoids(spec.sinusoids, rows, spec.hidden_size).to(device)
 
     def forward(
         self,
@@ -261,20 +274,26 @@ class Encoder(nn.Module):
         `on_heads` is told each layer's place, its heads [N, 3, heads, head_dim] and its masks.
         """
         spec = self.spec
-        x = self.embed(batch.token_ids)
+        ids = batch.token_ids
+        x = self.embed(ids) if self.look_up is None else self.look_up(ids)
+        if spec.embedding_multiplier != 1:
+            x = x * torch.tensor(spec.embedding_multiplier, dtype=x.dtype, device=x.device)
         # In the order in which the reference adds them, which is seen in the last bits.
         if self.segments is not None:
             x = x + self.segments(batch.segments)
         if self.positions is not None:
             x = x + self.positions(batch.positions)
-        x = self.embedding_norm(x)
+        if self._waves is not None:
+            x = x + F.embedding(batch.positions, self._waves).to(x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.embedding_projection is not None:
             x = self.embedding_projection(x)
         rotation = local = None
         if self.rope is not None and self.local_rope is not None:
             rotation = self.rope.rotation(batch.positions, None, x.dtype)
             local = self.local_rope.rotation(batch.positions, None, x.dtype) if spec.windows else rotation
-        bias = None if self.buckets is None or spec.buckets is None else self._bucket_bias
+        bias = None if self.buckets is None else functools.partial(self._bucket_bias, self.buckets)
         masks = {
             window: Masks(bias, window, x) for window in {spec.window(i) for i in range(len(spec.order))}
         }
@@ -282,7 +301,10 @@ class Encoder(nn.Module):
         for step, index in enumerate(spec.order):
             window = spec.window(step)
             observe = None if on_heads is None else functools.partial(on_heads, step)
-            x = self.layers[index](x, local if window else rotation, runs, masks[window], observe)
+            own, seen = self.layers[index].buckets, masks[window]
+            if isinstance(own, Weights):
+                seen = Masks(functools.partial(self._bucket_bias, own), window, x)
+            x = self.layers[index](x, local if window else rotation, runs, seen, observe)
             if on_layer is not None:
                 on_layer()
         hidden: Tensor = x if self.final_norm is None else self.final_norm(x)
@@ -295,12 +317,12 @@ class Encoder(nn.Module):
         found: Tensor = self.head(rows, self.embed.weight)
         return found.float()
 
-    def _bucket_bias(self, length: int) -> Tensor:
+    def _bucket_bias(self, table: Weights, length: int) -> Tensor:
         """[heads, n, n]"""
-        assert self.buckets is not None and self.spec.buckets is not None
+        assert self.spec.buckets is not None
         places = torch.arange(length, device=self.device)
         found = relative_buckets(places[None] - places[:, None], self.spec.buckets)
-        rows: Tensor = F.embedding(found, self.buckets.weight)
+        rows: Tensor = F.embedding(found, table.weight)
         return rows.permute(2, 0, 1)
 
     @property
@@ -326,11 +348,4 @@ def relative_buckets(distance: Tensor, spec: RelativeBuckets) -> Tensor:
     (Raffel et al. 2020, bidirectional.)
     """
     half = spec.num_buckets // 2
-    behind = (distance > 0).long() * half
-    distance = distance.abs()
-    exact = half // 2
-    far = (
-        exact
-        + (torch.log(distance.float() / exact) / math.log(spec.max_distance / exact) * (half - exact)).long()
-    )
-    return behind + torch.where(distance < exact, distance, far.clamp(max=half - 1))
+    return (distance > 0).long() * half + distance_buckets(distance.abs(), half, spec.max_distance)

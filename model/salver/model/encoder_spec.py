@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .spec import NormSpec, RopePositions, WeightMap
+from .spec import NormSpec, RopePositions, SinusoidalPositions, WeightMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,11 @@ class PositionTable:
 
 @dataclass(frozen=True, slots=True)
 class RelativeBuckets:
-    """A learned bias for each head and bucket of distances, shared by all layers (T5, MPNet)."""
+    """A learned bias for each head and bucket of distances (T5, MPNet): one table, or `own` to each layer."""
 
     num_buckets: int
     max_distance: int
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,11 @@ class EncoderSpec:
     )
     embedding_size: int | None = None  # of the tables, where it is not hidden_size
     embedding_projection: bool = False  # from embedding_size to hidden_size
+    embedding_multiplier: float = 1.0  # of the token embeddings
+    embedding_norm: bool = True
     num_segments: int = 0  # rows of the segment table; 0: there is none
     positions: PositionTable | None = None
+    sinusoids: SinusoidalPositions | None = None  # computed rows in place of a learned table's
     rope: RopePositions | None = None
     local_rope: RopePositions | None = None  # of layers with a window; None: as `rope`
     buckets: RelativeBuckets | None = None
@@ -89,10 +93,17 @@ class EncoderSpec:
     mlp_bias: bool = True
     pad_token_id: int | None = None
     mask_token_id: int | None = None
+    head_size: int | None = None  # of one head, where the heads don't share the hidden size
+    attention_multiplier: float | None = None  # of the scores, in place of 1 / sqrt(head_dim)
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     @property
     def order(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from .arithmetic import LoadedTensor, source_names
 from .attention import choose
 from .config_reader import read_spec
 from .errors import CheckpointError
-from .spec import Cat, Copy, Mxfp4, Optional, Source, Split, Stack, Transpose, WeightMap, names_of
+from .spec import Cat, Copy, Either, Mxfp4, Optional, Source, Split, Stack, Transpose, WeightMap, names_of
 from .transformer import Transformer
 from .weights import WeightFile, open_weights
 
@@ -118,6 +118,8 @@ class SourceWriter:
                 target.fill_(source.fill)
             else:
                 raise ValueError(f"{source.shape} cannot fill {list(target.shape)}")
+        elif isinstance(source, Either):
+            self.write(self._first_of(source), target)
         elif isinstance(source, Mxfp4):
             self._unpack(source, target)
         elif isinstance(source, Split):
@@ -140,6 +142,9 @@ class SourceWriter:
             turned = slice(source.lead, mine.shape[1] - source.tail)
             moved = torch.unflatten(mine[:, turned], 1, (source.inner, source.outer, -1)).transpose(1, 2)
             moved.copy_(torch.unflatten(theirs[:, turned], 1, (source.outer, source.inner, -1)))
+
+    def _first_of(self, source: Either) -> Copy:
+        return next((copy for copy in source.sources if self._has(copy.name)), source.sources[0])
 
     def _has(self, name: str) -> bool:
         raise NotImplementedError
@@ -174,6 +179,10 @@ class CheckpointTensors(SourceWriter):
         """Raises CheckpointError for tensors that are missing and for those that nothing reads."""
         required, known = set[str](), set[str]()
         for source in sources.values():
+            if isinstance(source, Either):
+                known.update(names_of(source))
+                required.add(self._first_of(source).name)
+                continue
             (known if isinstance(source, Optional) else required).update(names_of(source))
             required -= _optional_names(source)
             known |= _optional_names(source)
@@ -196,7 +205,9 @@ class CheckpointTensors(SourceWriter):
     def check_duplicates(self) -> None:
         """Raises CheckpointError where a tensor that should be a copy of another is not."""
         for name, original in self._weights.duplicates:
-            if name in self._files and not torch.equal(self._read(name), self._read(original)):
+            if name not in self._files or original not in self._files:
+                continue
+            if not torch.equal(self._read(name), self._read(original)):
                 file, full_name = self._files[name]
                 raise CheckpointError(
                     f"{file.path}: {full_name} differs from {self._files[original][1]}, "
@@ -255,9 +266,7 @@ def _optional_names(source: Source) -> set[str]:
     """Names that stand under an `Optional` somewhere in the source."""
     if isinstance(source, Optional):
         return set(names_of(source))
-    if isinstance(source, Copy):
-        return set()
-    if isinstance(source, Mxfp4):
+    if isinstance(source, Copy | Either | Mxfp4):
         return set()
     parts = source.sources if isinstance(source, Cat | Stack) else (source.source,)
     return set[str]().union(*(_optional_names(part) for part in parts))

@@ -13,6 +13,14 @@ def default_dtype_name(device_type: str) -> str:
     return "bfloat16" if device_type == "cuda" or _cpu_flags() & _NATIVE_BFLOAT16 else "float32"
 
 
+def weights_dtype_name(dtype: str, quantization: str) -> str:
+    """In which precision weights are read that are computed in `dtype`.
+
+    The blocks of 4 bits of a file are found again from all bits of the numbers that they stand for.
+    """
+    return "float32" if quantization == "int4" else dtype
+
+
 def _cpu_flags() -> set[str]:
     try:
         with Path("/proc/cpuinfo").open(encoding="ascii", errors="replace") as file:

@@ -117,8 +117,9 @@ class Rotation:
 def sinusoids(spec: SinusoidalPositions, length: int, size: int) -> Tensor:
     """float32 [length, size]: the embeddings of positions, sines before cosines."""
     half = size // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / (half - 1)))
-    rows = torch.arange(spec.offset, spec.offset + length, dtype=torch.float32)
+    dtype, last = (torch.float64, half) if spec.open_end else (torch.float32, half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=dtype) * -(math.log(10000) / last))
+    rows = torch.arange(spec.offset, spec.offset + length, dtype=dtype)
     angles = rows[:, None] * frequencies
     table = torch.zeros(length, size)
     table[:, : 2 * half] = torch.cat((angles.sin(), angles.cos()), dim=1)

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .encoder_spec import EncoderSpec
 
 LAYER = "{layer}"  # stands for the number of a layer in a name
 
@@ -101,7 +105,14 @@ class Optional:
     fill: float = 0.0
 
 
-Source = Copy | Transpose | Cat | Stack | Split | Interleave | Mxfp4 | Optional
+@dataclass(frozen=True, slots=True)
+class Either:
+    """The first of several tensors that a checkpoint has: a tied matrix stands under one of its names."""
+
+    sources: tuple[Copy, ...]
+
+
+Source = Copy | Transpose | Cat | Stack | Split | Interleave | Mxfp4 | Optional | Either
 
 
 def names_of(source: Source) -> Iterator[str]:
@@ -110,7 +121,7 @@ def names_of(source: Source) -> Iterator[str]:
         yield source.name
     elif isinstance(source, Mxfp4):
         yield from (source.blocks, source.scales)
-    elif isinstance(source, Cat | Stack):
+    elif isinstance(source, Cat | Stack | Either):
         for part in source.sources:
             yield from names_of(part)
     else:
@@ -123,6 +134,8 @@ def in_layer(source: Source, layer: int) -> Source:
         return Copy(source.name.replace(LAYER, str(layer)))
     if isinstance(source, Mxfp4):
         return Mxfp4(source.blocks.replace(LAYER, str(layer)), source.scales.replace(LAYER, str(layer)))
+    if isinstance(source, Either):
+        return Either(tuple(Copy(copy.name.replace(LAYER, str(layer))) for copy in source.sources))
     if isinstance(source, Cat | Stack):
         return replace(source, sources=tuple(in_layer(part, layer) for part in source.sources))
     return replace(source, source=in_layer(source.source, layer))
@@ -211,10 +224,13 @@ class SinusoidalPositions:
     """Computed position embeddings (Vaswani et al. 2017), all sines before all cosines.
 
     Position p is row p + `offset` of the table; the row `zero` is zeros (a padding token's, in fairseq).
+    The longest of the n wavelengths is 10000 times the shortest, or with `open_end` the n + 1st would be,
+    as in the paper.
     """
 
     offset: int = 0
     zero: int | None = None
+    open_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +243,19 @@ class AlibiPositions:
     slopes: tuple[float, ...]
     multiplier: float = 1.0
     rounded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BucketPositions:
+    """Scores get a learned bias for each query head and bucket of distances (T5, Raffel et al. 2020).
+
+    Near distances have a bucket each, far ones share theirs by logarithm, up to `max_distance`. The table
+    is one for all layers, or `own` to each.
+    """
+
+    num_buckets: int
+    max_distance: int
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +348,7 @@ class LatentAttention:
     value_dim: int
 
 
-Positions = LearnedPositions | SinusoidalPositions | AlibiPositions | RopePositions
+Positions = LearnedPositions | SinusoidalPositions | AlibiPositions | BucketPositions | RopePositions
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +377,14 @@ class ModelSpec:
         embedding_multiplier, residual_multiplier, logit_multiplier: of the token embeddings, of what
             each block adds, and of the logits.
         tied_head: the head's matrix is the token embedding's.
+        logit_bias: a bias is added to the logits, which a tied head may have too.
+        encoder: of an encoder-decoder: it reads the source, and every layer here attends to its last
+            hidden states between attention and MLP, in the same shape of heads.
+        own_embedding: encoder and decoder have an embedding each.
+        cross_bias: the products of that attention have biases.
+        decoder_start_token_id, forced_bos_token_id: what an encoder-decoder's output begins with; the
+            second, where there is one, after the first.
+        forced_eos_token_id: what it ends with where it reaches its limit.
     """
 
     architecture: str
@@ -393,6 +430,19 @@ class ModelSpec:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    logit_bias: bool = False
+    encoder: EncoderSpec | None = None
+    own_embedding: bool = False
+    cross_bias: bool = True
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+
+    @property
+    def output_start(self) -> tuple[int, ...]:
+        """What an encoder-decoder's output begins with, before any token is chosen."""
+        start = (self.decoder_start_token_id, self.forced_bos_token_id)
+        return tuple(token_id for token_id in start if token_id is not None)
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:

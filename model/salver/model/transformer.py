@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .arithmetic import LoadedTensor
-from .attention import Alibi, Attention, AttentionBatch, Scoring
+from .attention import Alibi, Attention, AttentionBatch, Scoring, SourceBatch
+from .buckets import distance_buckets
 from .cache import KVCache
+from .cross import CrossAttention
+from .encoder import Encoder, EncoderBatch
 from .experts import Experts
 from .latent import Latent
 from .layers import ACTIVATIONS, Embedding, Linear, Norm, TiedHead, Weights, capped
 from .rope import Rope, Rotation, sinusoids
-from .spec import AlibiPositions, LearnedPositions, ModelSpec, SinusoidalPositions
+from .spec import AlibiPositions, BucketPositions, LearnedPositions, ModelSpec, SinusoidalPositions
 
 # Is told each layer's index, its queries [N, heads, head_dim] and keys [N, kv_heads, head_dim] as they are
 # multiplied, and how they are scored. The tensors change afterwards.
@@ -49,6 +52,18 @@ class Decoder(Protocol):
     def num_parameters(self) -> int: ...
 
     def stored(self) -> list[Tensor]: ...
+
+
+class SourceDecoder(Decoder, Protocol):
+    """One that reads sources too: a `Transformer` with an encoder, or `kernels.seq2seq.NativeSeq2Seq`."""
+
+    def encode(
+        self,
+        sources: EncoderBatch,
+        cache: KVCache,
+        slots: SourceBatch,
+        on_layer: Callable[[], None] | None = None,
+    ) -> None: ...
 
 
 class Layer(nn.Module):
@@ -83,6 +98,11 @@ class Layer(nn.Module):
         self.sinks = Weights(spec.num_heads) if spec.sinks else None
         self.attention_out = Linear(hidden, query, bias=spec.attention_out_bias)
         self.attention_out_norm = Norm(spec.norm, hidden) if two else None
+        self.cross = CrossAttention(spec, index) if spec.encoder is not None else None
+        self.cross_norm = Norm(spec.norm, hidden) if spec.encoder is not None else None
+        self.buckets: Weights | None = None
+        if isinstance(spec.positions, BucketPositions) and spec.positions.own:
+            self.buckets = Weights(spec.positions.num_buckets, spec.num_heads)
         self.mlp_norm = Norm(spec.norm, hidden) if one and not spec.shared_norm else None
         self.experts: Experts | None = None
         if spec.experts is not None and index in spec.expert_layers:
@@ -110,6 +130,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation | None,
+        distances: Tensor | None,
         cache: KVCache,
         attention: Attention,
         batch: AttentionBatch,
@@ -117,7 +138,7 @@ class Layer(nn.Module):
         """[N, hidden] to [N, hidden]."""
         before = self.norm_place != "post"
         normed = self.attention_norm(x) if self.attention_norm is not None and before else x
-        attended = self._attend(normed, rotation, cache, attention, batch)
+        attended = self._attend(normed, rotation, distances, cache, attention, batch)
         if self.attention_out_norm is not None:
             attended = self.attention_out_norm(attended)
         if self.residual_multiplier != 1:
@@ -129,6 +150,10 @@ class Layer(nn.Module):
         x = x + attended
         if self.attention_norm is not None and not before:
             x = self.attention_norm(x)
+        if self.cross is not None and self.cross_norm is not None:
+            assert batch.source is not None, "the step says nothing of its sources"
+            read = self.cross(self.cross_norm(x) if before else x, cache, attention, batch.source)
+            x = x + read if before else self.cross_norm(x + read)
         found = self._mlp(self.mlp_norm(x) if self.mlp_norm is not None and before else x)
         if self.mlp_out_norm is not None:
             found = self.mlp_out_norm(found)
@@ -141,6 +166,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation | None,
+        distances: Tensor | None,
         cache: KVCache,
         attention: Attention,
         batch: AttentionBatch,
@@ -163,6 +189,8 @@ class Layer(nn.Module):
         query, key = torch.split(query_key, [self.num_heads, self.num_kv_heads], dim=1)
         cache.write(self.index, key, heads[:, self.num_heads + self.num_kv_heads :], batch)
         scoring = self.scoring if self.sinks is None else replace(self.scoring, sinks=self.sinks.weight)
+        if distances is not None:
+            scoring = replace(scoring, distances=distances)
         return self.attention_out(attention(query, cache, self.index, batch, scoring))
 
     def _norm_heads(self, heads: Tensor, query_norm: Norm, key_norm: Norm) -> Tensor:
@@ -211,13 +239,21 @@ class Transformer(nn.Module):
         if isinstance(spec.positions, LearnedPositions):
             rows = spec.max_position_embeddings + spec.positions.offset
             self.positions = Embedding(rows, spec.hidden_size)
+        self.buckets: Weights | None = None
+        if isinstance(spec.positions, BucketPositions) and not spec.positions.own:
+            self.buckets = Weights(spec.positions.num_buckets, spec.num_heads)
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
         self.final_norm = Norm(spec.norm, spec.hidden_size) if spec.final_norm else None
         self.head = None if spec.tied_head else Linear(spec.vocab_size, width, bias=spec.head_bias)
         self.tied_head = TiedHead(self.embed) if spec.tied_head else None
+        self.logit_bias = Weights(1, spec.vocab_size) if spec.logit_bias else None
+        self.encoder = None if spec.encoder is None else Encoder(spec.encoder)
+        if self.encoder is not None and not spec.own_embedding:
+            self.encoder.embed = self.embed
+        self._bucket_of: Tensor | None = None  # int64, of each distance
         self._ropes: list[Rope] = []
         self._rope_of: list[int | None] = []  # of each layer, which of them
-        self._waves: Tensor | None = None
+        self.waves: Tensor | None = None
 
     def place(self, device: torch.device) -> None:
         """Computes what is derived from the spec, on the device. The loader calls it."""
@@ -228,7 +264,13 @@ class Transformer(nn.Module):
         self._ropes = [Rope(rope, head_dim, device) for rope in kinds]
         self._rope_of = [None if rope is None else kinds.index(rope) for rope in by_layer]
         if isinstance(spec.positions, SinusoidalPositions):
-            self._waves = sinusoids(spec.positions, spec.max_position_embeddings, spec.hidden_size).to(device)
+            self.waves = sinusoids(spec.positions, spec.max_position_embeddings, spec.hidden_size).to(device)
+        if isinstance(spec.positions, BucketPositions):
+            distance = torch.arange(spec.positions.max_distance + 1, device=device)
+            buckets, farthest = spec.positions.num_buckets, spec.positions.max_distance
+            self._bucket_of = distance_buckets(distance, buckets, farthest)
+        if self.encoder is not None:
+            self.encoder.place(device)
         for layer in self.layers:
             assert isinstance(layer, Layer)
             layer.place(spec, device)
@@ -260,12 +302,39 @@ class Transformer(nn.Module):
             lengths = attention.derive(_prompt_lengths)
             lengths = positions + 1 if lengths is None else torch.maximum(lengths, positions + 1)
         rotations = [rope.rotation(positions, lengths, x.dtype) for rope in self._ropes]
+        distances = self.distances(self.buckets)
         for layer, rope in zip(self.layers, self._rope_of, strict=True):
             rotation = None if rope is None else rotations[rope]
-            x = layer(x, rotation, cache, attend, attention)
+            own = self.distances(layer.buckets) if isinstance(layer.buckets, Weights) else distances
+            x = layer(x, rotation, own, cache, attend, attention)
             if on_layer is not None:
                 on_layer()
         return x if self.final_norm is None else self.final_norm(x)
+
+    @property
+    def cross_layers(self) -> list[CrossAttention]:
+        """Of every layer, its attention to the source; none of a decoder alone."""
+        return [layer.cross for layer in self.layers if isinstance(layer.cross, CrossAttention)]
+
+    def encode(
+        self,
+        sources: EncoderBatch,
+        cache: KVCache,
+        slots: SourceBatch,
+        on_layer: Callable[[], None] | None = None,
+    ) -> None:
+        """Reads sources and stores, at `slots`, what every layer attends to of them."""
+        assert self.encoder is not None, f"{self.spec.architecture} has no encoder"
+        hidden = self.encoder(sources, on_layer)
+        cache.begin_step(slots)
+        for cross in self.cross_layers:
+            cross.remember(hidden, cache, slots)
+
+    def distances(self, buckets: Weights | None) -> Tensor | None:
+        """float32 [num_heads, distance]: the bias of each distance."""
+        if buckets is None or self._bucket_of is None:
+            return None
+        return F.embedding(self._bucket_of, buckets.weight).T.float().contiguous()
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[N, hidden_size]"""
@@ -276,8 +345,8 @@ class Transformer(nn.Module):
             x = self.embed_in(x)
         if self.positions is not None and isinstance(self.spec.positions, LearnedPositions):
             x = x + self.positions(positions + self.spec.positions.offset)
-        if self._waves is not None:
-            x = x + F.embedding(positions, self._waves).to(x.dtype)
+        if self.waves is not None:
+            x = x + F.embedding(positions, self.waves).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -287,6 +356,8 @@ class Transformer(nn.Module):
         head = self.head if self.tied_head is None else self.tied_head
         assert head is not None
         logits = head(hidden).float()
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias.weight.float()
         if self.spec.logit_multiplier != 1:
             logits = logits * self.spec.logit_multiplier
         return capped(logits, self.spec.logit_cap) if self.spec.logit_cap else logits
@@ -316,6 +387,8 @@ class Transformer(nn.Module):
 
 def _observed(attention: Attention, on_attention: OnAttention) -> Attention:
     def attend(query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring) -> Tensor:
+        if isinstance(batch, SourceBatch):
+            return attention(query, cache, layer, batch, scoring)
         size, slots = cache.block_size, batch.slot_mapping
         on_attention(layer, query, cache.keys(layer)[slots // size, slots % size], scoring)
         return attention(query, cache, layer, batch, scoring)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from .spec import (
     LAYER,
+    BucketPositions,
     Cat,
     Copy,
     Interleave,
@@ -77,6 +78,8 @@ def _parts(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, ...], tuple[int, .
         yield "embedding_norm", _norm(spec.embedding_norm), None
     if isinstance(spec.positions, LearnedPositions):
         yield "positions", _WEIGHT, None
+    if isinstance(spec.positions, BucketPositions):
+        yield "buckets", _WEIGHT, everywhere if spec.positions.own else None
     if spec.norm_place != "output":
         yield "attention_norm", _norm(spec.norm), everywhere
         if not spec.shared_norm:
@@ -94,9 +97,15 @@ def _parts(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, ...], tuple[int, .
     if spec.sinks:
         yield "sinks", _WEIGHT, everywhere
     yield "attention_out", _linear(spec.attention_out_bias), everywhere
+    if spec.encoder is not None:
+        yield "cross_norm", _norm(spec.norm), everywhere
+        for part in ("query", "key_value", "out"):
+            yield f"cross.{part}", _linear(spec.cross_bias), everywhere
     yield from _mlp_parts(spec, everywhere)
     if spec.final_norm:
         yield "final_norm", _norm(spec.norm), None
+    if spec.logit_bias:
+        yield "logit_bias", _WEIGHT, None
     if not spec.tied_head:
         yield "head", _linear(spec.head_bias), None
 
@@ -156,7 +165,8 @@ def _copies(spec: ModelSpec, part: str, place: str | tuple[str, ...], kind: str,
     if isinstance(place, str):
         return Copy(f"{place}.{kind}".replace(EXPERT, expert))
     copies = tuple(Copy(f"{name}.{kind}".replace(EXPERT, expert)) for name in place)
-    return Cat(copies, spec.qkv_sizes if part == "qkv" else (_inner_size(spec, part),) * 2)
+    sizes = {"qkv": spec.qkv_sizes, "cross.key_value": spec.qkv_sizes[1:]}
+    return Cat(copies, sizes.get(part, (_inner_size(spec, part),) * 2))
 
 
 def _inner_size(spec: ModelSpec, part: str) -> int:

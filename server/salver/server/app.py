@@ -32,7 +32,7 @@ from salver.model.errors import CheckpointError
 from salver.model.generation_config import GenerationConfig
 from salver.model.hyperparameters import hyperparameters
 from salver.model.kernels.build import KernelUnavailable, find_or_build
-from salver.model.precision import default_dtype_name
+from salver.model.precision import default_dtype_name, weights_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.tokenizer import Tokenizer
 from salver.server.admission import Admission
@@ -46,6 +46,7 @@ from salver.server.log import log_event
 from salver.server.metrics import Metrics
 from salver.server.metrics_compat import exposed
 from salver.server.reloading import BadFile
+from salver.server.rpc.adapters import first_adapters
 from salver.server.rpc.models import version
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_methods
@@ -143,10 +144,12 @@ class _Loaded:
     fields: FieldsRead
 
 
-def check_adapter_names(config: ServerConfig, name: str) -> None:
-    """Raises StartError for an adapter that has the model's own name."""
+def check_adapters(config: ServerConfig, name: str) -> None:
+    """Raises StartError for an adapter that has the model's own name, and for a root that is not there."""
     if name in dict(config.adapter):
         raise StartError(f"--adapter {name}: that is the name of the model (--served-name)")
+    if config.adapter_root is not None and not config.adapter_root.is_dir():
+        raise StartError(f"--adapter-root {config.adapter_root}: is no directory")
 
 
 def served_name(config: ServerConfig) -> str:
@@ -203,7 +206,7 @@ def _resolve(config: ServerConfig, source: str, flag: str) -> Path:
         elif flag == "MODEL" and config.revision is not None:
             raise StartError(f"--revision {config.revision}: {source} is on the disk and has none")
         dtype = default_dtype_name(config.device) if config.dtype == "auto" else config.dtype
-        return resolve_checkpoint(source, cache, dtype, _say)
+        return resolve_checkpoint(source, cache, weights_dtype_name(dtype, config.quantization), _say)
     except (CatalogError, HubError, CheckpointError) as error:
         raise StartError(str(error)) from error
 
@@ -226,11 +229,15 @@ def load_front(checkpoint: Path) -> _Loaded:
     """What the front needs of the checkpoint, torch-free. Raises StartError."""
     fields = FieldsRead()
     try:
+        spec = read_any_spec(checkpoint, fields)
+        output_start = 0
+        if isinstance(spec, ModelSpec) and spec.encoder is not None:
+            output_start = len(spec.output_start) or 1
         return _Loaded(
-            read_any_spec(checkpoint, fields),
+            spec,
             Tokenizer.from_directory(checkpoint),
             ChatTemplate.from_directory(checkpoint),
-            GenerationConfig.from_directory(checkpoint),
+            GenerationConfig.from_directory(checkpoint, output_start=output_start),
             checkpoint,
             read_embedding_spec(checkpoint),
             fields,
@@ -249,11 +256,11 @@ class Application:
         self.config = config
         self._make_engine = make_engine
         self.name = served_name(config)
-        check_adapter_names(config, self.name)
+        check_adapters(config, self.name)
         self.phases = StartupPhases()
         self.metrics = Metrics(
             self.name,
-            methods=all_methods(),
+            methods=all_methods(admin=config.admin_port is not None),
             codes=STATUS_CODES,
             build={"version": version(), "device": config.device, "dtype": config.dtype},
         )
@@ -311,11 +318,15 @@ class Application:
             _say(f"calls need {' and '.join(on)}")
         if config.tokens is not None and not tls and config.host not in _LOOPBACK:
             _log.warning("--tokens without --tls-cert: everybody on the way can read the tokens")
+        if config.admin_is_open and config.admin_tls[0] is None:
+            _log.warning("--admin-host without TLS: everybody on the way can read the admin tokens")
 
     async def _open(self) -> str:
         try:
             if (probes := await self.rpc.open_health_port()) is not None:
                 _say(f"health on {probes}")
+            if (admin := await self.rpc.open_admin_port()) is not None:
+                _say(f"admin on {admin}")
             return await self.rpc.open()
         except PortInUse as error:
             raise StartError(str(error)) from error
@@ -391,7 +402,8 @@ class Application:
                 _log, logging.WARNING, "not implemented, of generation_config.json", fields=",".join(ignored)
             )
         self.front.serve(model, self.engine)
-        self.rpc.health.set_ready(True)
+        self.rpc.adapters.serve(self.engine)
+        self.rpc.set_ready(True)
         phases.add("since torch was imported", after_torch + time.monotonic() - ready_at)
         phases.add("since the process started", _process_age())
         self._describe(ready, model.limits)
@@ -414,6 +426,7 @@ class Application:
             tokenizer=loaded.tokenizer,
             chat_template=loaded.chat_template,
             ready=ready,
+            adapters=first_adapters(config.adapter, ready.adapters),
             weights_digest=digest,
             generation_config=loaded.generation_config,
             checkpoint=str(loaded.checkpoint),
@@ -440,9 +453,19 @@ class Application:
         self.admission.forecast.stepped(message)
 
     def _on_engine_state(self, state: EngineState) -> None:
-        self.rpc.health.set_engine_state(state)
+        self.rpc.set_engine_state(state)
+        if state is EngineState.SERVING and self.engine is not None and self.engine.restarts:
+            self._restarted(self.engine)
         level = logging.INFO if state in (EngineState.SERVING, EngineState.STOPPED) else logging.WARNING
         log_event(_log, level, "engine state", state=state.value)
+
+    def _restarted(self, engine: EngineProcess) -> None:
+        assert engine.ready is not None
+        for adapter, reason in self.rpc.adapters.restarted(engine.ready):
+            log_event(
+                _log, logging.ERROR, "adapter lost", adapter=adapter.name, version=adapter.version,
+                reason=reason,
+            )  # fmt: skip
 
     async def _close(self, metrics_server: WSGIServer | None) -> None:
         if self.engine is not None:

@@ -17,13 +17,15 @@ from typing import Any
 
 import configargparse
 
+from salver.server.admin_config import AdminConfig, check_admin
 from salver.server.config_file import config_file_values
+from salver.server.engine.changes import adapter_sources
 from salver.server.engine.config import EngineConfig
 from salver.server.flags import flag as _flag
 from salver.server.flags import integer as _integer
 from salver.server.flags import parse_duration, parse_size, port_or_off
 from salver.server.observability_config import ObservabilityConfig
-from salver.server.security_config import SecurityConfig, check_security
+from salver.server.security_config import check_security
 
 DEFAULT_DRAFT_TOKENS = 8
 _CONFIG_VARIABLE = "SALVER_CONFIG"
@@ -62,7 +64,7 @@ def default_cache_dir() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerConfig(SecurityConfig, ObservabilityConfig):
+class ServerConfig(AdminConfig, ObservabilityConfig):
     """Everything the server was told. Sizes in bytes, times in seconds; None: the server chooses."""
 
     model: str = _flag(
@@ -115,9 +117,9 @@ class ServerConfig(SecurityConfig, ObservabilityConfig):
         "auto", "Compute", "type of weights and cache", choices=("auto", "float32", "bfloat16", "float16")
     )
     quantization: str = _flag(
-        "none", "Compute", "int8: weights and what they multiply in 8 bits, by column and by group: smaller "
-        "and faster than bfloat16, some quality lost (docs/performance.md); wants the native kernel",
-        choices=("none", "int8"),
+        "none", "Compute", "int8: weights and what they multiply in 8 bits; int4: weights in 4 bits, by "
+        "blocks of 32, those of a GGUF file as they are: smaller than bfloat16, some quality lost "
+        "(docs/performance.md); wants the native kernel", choices=("none", "int8", "int4"),
     )  # fmt: skip
     numerics: str = _flag(
         "exact", "Compute", "exact: an answer does not depend on what else is in the batch; fast: it may",
@@ -239,7 +241,8 @@ class ServerConfig(SecurityConfig, ObservabilityConfig):
             speculation=self.resolved_speculation,
             num_draft_tokens=self.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
             speculative_model=str(speculative_checkpoint or ""),
-            adapters=self.adapter,
+            adapters=adapter_sources(self.adapter),
+            more_adapters=self.adapter_root is not None,
         )
 
 
@@ -257,7 +260,7 @@ def environment_variable_of(name: str) -> str:
 
 
 _INHERITED = frozenset(
-    row.name for part in (SecurityConfig, ObservabilityConfig) for row in dataclasses.fields(part)
+    row.name for part in (AdminConfig, ObservabilityConfig) for row in dataclasses.fields(part)
 )
 
 
@@ -307,11 +310,12 @@ def parse_config(
     environ = os.environ if environ is None else environ
     parser = _parser(prog)
     # An empty variable is an unset one: manifests and compose files often pass them so. Kubernetes
-    # sets SALVER_PORT=tcp://... in every pod beside a Service called salver: not ours either.
+    # sets SALVER_PORT=tcp://... in every pod beside a Service called salver (SALVER_ADMIN_PORT beside
+    # salver-admin): not ours either.
     present = {
         name: value
         for name, value in environ.items()
-        if name.startswith("SALVER_") and value and not (name == "SALVER_PORT" and "://" in value)
+        if name.startswith("SALVER_") and value and not (name.endswith("_PORT") and "://" in value)
     }
     file = present.pop(_CONFIG_VARIABLE, None)
     known = {environment_variable_of(row.name): row.name for row in dataclasses.fields(ServerConfig)}
@@ -328,10 +332,20 @@ def parse_config(
     config = ServerConfig(**values)
     _check_speculation(config, parser)
     check_security(config, parser)
+    check_admin(config, parser)
+    _check_adapters(config, parser)
     same_host = config.resolved_metrics_host == config.host
     if config.port and config.metrics_port == config.port and same_host:
         parser.error(f"argument --metrics-port: {config.port} is the gRPC port (--port) already")
+    if config.port and config.admin_port == config.port:
+        parser.error(f"argument --admin-port: {config.port} is the gRPC port (--port) already")
     return config
+
+
+def _check_adapters(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:
+    """No more of them than may be."""
+    if config.adapter_root is not None and len(config.adapter) > config.resolved_max_adapters:
+        parser.error(f"argument --adapter: {len(config.adapter)} are more than --max-adapters")
 
 
 def _check_speculation(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:

@@ -53,6 +53,11 @@ class _Entry:
     foretold: float | None = None  # seconds from then on, uncorrected
     started: bool = False
 
+    @property
+    def places(self) -> int:
+        """Sequences of the batch that it has or will have."""
+        return len(self.tokens) if self.request.beams is None else self.request.num_places
+
 
 def _key_of(item: tuple[OrderKey, _Entry]) -> OrderKey:
     return item[0]
@@ -122,7 +127,7 @@ class Forecast:
         entry.foretold = foretold
         self._entries[request.request_id] = entry
         insort(self._waiting, (entry.key, entry), key=_key_of)
-        self._prompt.add(len(request.prompt_token_ids))
+        self._prompt.add(request.num_input_tokens)
 
     def started(self, request_id: int) -> None:
         """The engine began to compute it."""
@@ -139,8 +144,9 @@ class Forecast:
             return
         if num_tokens := len(output.token_ids):
             if not entry.tokens[output.sample_index]:
-                self._computed.add(1 - output.num_cached_tokens / len(entry.request.prompt_token_ids))
-            self._pace += FORGETTING * (num_tokens - self._pace)
+                self._computed.add(1 - output.num_cached_tokens / entry.request.num_input_tokens)
+            if entry.request.beams is None:  # the answers of a search come whole
+                self._pace += FORGETTING * (num_tokens - self._pace)
             entry.prefill = 0.0
             entry.tokens[output.sample_index] += num_tokens
             if entry.request.stopping.stop_token_ids:
@@ -205,7 +211,7 @@ class Forecast:
         entry = self._entry(request)
         first = entry.prefill * self.times.prefill + self.times.seconds(1)
         steps = max(0.0, entry.output / self._pace - 1)
-        return Estimate(first, first + steps * self.times.seconds(len(entry.tokens)))
+        return Estimate(first, first + steps * self.times.seconds(entry.places))
 
     def estimate(self, requests: Sequence[EngineRequest]) -> Estimate | None:
         """Of the last of these, which come now together, uncorrected. None while nothing is known."""
@@ -229,7 +235,7 @@ class Forecast:
             index: len(output) for index, output in zip(request.sample_indices, request.outputs, strict=True)
         }
         resumed = max(tokens.values(), default=0)
-        length = len(request.prompt_token_ids)
+        length = request.num_input_tokens
         output = self._output(request, resumed)
         return _Entry(
             request=request,
@@ -263,9 +269,11 @@ class Forecast:
             request = entry.request
             prefill += entry.prefill
             left = max(0.0, (entry.deadline - now) / line.slowest)
-            for so_far in entry.tokens.values():
+            # A search ends with all its beams, and its answers have no tokens before.
+            so_far_of_each = entry.tokens.values() if request.beams is None else [0] * entry.places
+            for so_far in so_far_of_each:
                 output = self._output(request, so_far)
-                tokens = len(request.prompt_token_ids) + so_far + output + self.block_size
+                tokens = request.num_input_tokens + so_far + output + self.block_size
                 line.ends.append((min(output / self._pace, left), tokens))
                 line.held += tokens
         heapq.heapify(line.ends)
@@ -281,7 +289,7 @@ class Forecast:
         places, cache_tokens, faster = self.places, self.cache_tokens, 1 / self._pace
         at, seconds, held = line.step, line.seconds, line.held
         for entry in entries:
-            count, tokens = len(entry.tokens), entry.cache_tokens
+            count, tokens = entry.places, entry.cache_tokens
             while ends and (len(ends) + count > places or held + count * tokens > cache_tokens):
                 step, freed = pop(ends)
                 held -= freed

@@ -22,6 +22,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from salver.server.adapter_metrics import AdapterCollector
 from salver.server.engine.request import SequenceTimings, StepMessage
 
 FINISH_REASONS = ("stop", "length", "abort", "score", "encode")
@@ -29,7 +30,7 @@ REJECTIONS = (
     *("queue_requests", "queue_tokens", "deadline", "loading", "draining", "unavailable"),
     *("unauthenticated", "permission_denied", "tenant_rate"),
 )
-RELOADS = ("tls", "tokens")
+RELOADS = ("tls", "tokens", "admin_tls", "admin_token_file")
 
 # Seconds. From 1 ms, where a cached prefix on a small model answers, to the longest generations.
 LATENCY_BUCKETS = (
@@ -148,6 +149,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.worker = WorkerCollector(model)
         self.registry.register(self.worker)
+        self.adapters = AdapterCollector(model)
+        self.registry.register(self.adapters)
         ProcessCollector(registry=self.registry)
         info = Info("salver_build", "Version of the server.", registry=self.registry)
         info.info(dict(build or {}))

@@ -46,6 +46,7 @@ _VLLM = _Flavor(
         "vllm:request_queue_time_seconds": "salver_request_queue_time_seconds",
         "vllm:request_prefill_time_seconds": "salver_request_prefill_time_seconds",
         "vllm:request_decode_time_seconds": "salver_request_decode_time_seconds",
+        "vllm:lora_requests_info": "salver_lora_requests_info",
         "vllm:spec_decode_num_draft_tokens": "salver_draft_tokens",
         "vllm:spec_decode_num_accepted_tokens": "salver_accepted_draft_tokens",
     },

@@ -111,20 +111,26 @@ class Tenants:
         path: Path,
         reloaded: Callable[[str, bool], None] = lambda what, good: None,
         *,
+        flag: str = "--tokens",
+        settings: bool = True,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """Raises BadFile."""
+        """The file is that of `flag`; without `settings` it has no [tenants]. Raises BadFile."""
         self._now = now
         self._allowances: dict[str, Allowance] = {}
 
         def load() -> dict[bytes, _Token]:
             # What a tenant has used stays used when the file changes.
-            return _parse(
-                read(path, "--tokens"), path, lambda name: self._allowances.setdefault(name, Allowance(clock))
+            content = read(path, flag)
+            found = _parse(
+                content, f"{flag} {path}", lambda name: self._allowances.setdefault(name, Allowance(clock))
             )
+            if not settings and "tenants" in tomllib.loads(content.decode("utf-8")):
+                raise BadFile(f"{flag} {path}: has [tenants], which do nothing here")
+            return found
 
-        self._tokens = Reloading("tokens", [path], load, reloaded, clock)
+        self._tokens = Reloading(flag.removeprefix("--").replace("-", "_"), [path], load, reloaded, clock)
 
     def of_token(self, token: str) -> Tenant:
         """Whose token it is. Raises UnknownToken.
@@ -143,11 +149,11 @@ class Tenants:
         return frozenset(token.tenant.name for token in self._tokens.current().values())
 
 
-def _parse(content: bytes, path: Path, allowance: Callable[[str], Allowance]) -> dict[bytes, _Token]:
+def _parse(content: bytes, where: str, allowance: Callable[[str], Allowance]) -> dict[bytes, _Token]:
     """Tokens by their digest. Raises BadFile, which quotes nothing that could be a token."""
 
     def bad(reason: str) -> BadFile:
-        return BadFile(f"--tokens {path}: {reason}")
+        return BadFile(f"{where}: {reason}")
 
     try:
         file = tomllib.loads(content.decode("utf-8"))
@@ -161,22 +167,22 @@ def _parse(content: bytes, path: Path, allowance: Callable[[str], Allowance]) ->
     tenants: dict[str, Tenant] = {}
     tokens: dict[bytes, _Token] = {}
     for number, entry in enumerate(entries, start=1):
-        where = f"token {number}"
+        place = f"token {number}"
         if not isinstance(entry, dict) or entry.keys() - {"sha256", "tenant", "expires"}:
-            raise bad(f"{where}: must have sha256, tenant and perhaps expires")
+            raise bad(f"{place}: must have sha256, tenant and perhaps expires")
         digest, name = entry.get("sha256"), entry.get("tenant")
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-            raise bad(f"{where}: sha256 must be 64 hexadecimal digits (`salver token` makes them)")
+            raise bad(f"{place}: sha256 must be 64 hexadecimal digits (`salver token` makes them)")
         if not isinstance(name, str) or not _TENANT.fullmatch(name):
-            raise bad(f"{where}: tenant must be up to 63 letters, digits, '.', '_' and '-'")
+            raise bad(f"{place}: tenant must be up to 63 letters, digits, '.', '_' and '-'")
         if name not in tenants:
             tenants[name] = _tenant(name, settings.get(name, {}), allowance, bad)
         key = bytes.fromhex(digest)
         if key in tokens:
-            raise bad(f"{where}: stands there twice")
+            raise bad(f"{place}: stands there twice")
         expires = entry.get("expires")
         if expires is not None and (not isinstance(expires, datetime.datetime) or expires.tzinfo is None):
-            raise bad(f"{where}: expires must be a time with its zone, as 2027-01-31T00:00:00Z")
+            raise bad(f"{place}: expires must be a time with its zone, as 2027-01-31T00:00:00Z")
         tokens[key] = _Token(tenants[name], None if expires is None else expires.timestamp())
     if idle := sorted(settings.keys() - tenants.keys()):
         raise bad(f"tenant {idle[0]!r} has no token")

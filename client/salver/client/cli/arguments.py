@@ -7,8 +7,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from salver.client.cli import card, chat, commands, deploy_check, encoding, inspection
+from salver.client.cli import admin, card, chat, commands, deploy_check, encoding, inspection
 from salver.client.cli.connection import add_connection_flags
+from salver.client.types import BeamParams
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--temperature", float, "0 is greedy"),
@@ -26,6 +27,8 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--model", str, "the served model, or one of its adapters"),
     ("--priority", int, "-10 to 10, higher is sooner"),
 )
+
+EARLY_STOPPING: dict[str | None, Any] = {"yes": True, "no": False, "never": "never"}
 
 
 # Of these, what does nothing to the distribution of one token.
@@ -46,6 +49,16 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="the text to go on from; - reads it from standard input")
     _sampling(generate)
     generate.add_argument("-n", type=int, help="so many samples (prints them when all are done)")
+    generate.add_argument("--target-language", metavar="CODE", help="translate into it (fr, fr_XX, fra_Latn)")
+    generate.add_argument("--source-language", metavar="CODE", help="of the text to translate")
+    generate.add_argument("--beams", type=int, metavar="K", help="a beam search; -n of its best answers")
+    generate.add_argument(
+        "--length-penalty", type=float, help="of a beam search: above 0 favours long answers (default: 1)"
+    )
+    generate.add_argument(
+        "--early-stopping", choices=("yes", "no", "never"),
+        help="of a beam search that has K answers: end at once, when better ones are unlikely, or impossible",
+    )  # fmt: skip
 
     talk = _command(subparsers, "chat", chat.chat, "talk with a model; interactive without MESSAGE")
     talk.add_argument(
@@ -77,6 +90,8 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     health = _command(subparsers, "health", commands.health, "exit code 0 if and only if SERVING")
     health.add_argument("service", nargs="?", default="", help="readiness, liveness or a service's full name")
     health.add_argument("--wait", type=float, metavar="SECONDS", help="wait so long for SERVING")
+
+    _admin_commands(subparsers)
 
     check = _command(
         subparsers, "deploy-check", deploy_check.deploy_check, "look at a deployment as its clients see it"
@@ -135,6 +150,18 @@ def _encoding_commands(subparsers: Any) -> None:
         )
 
 
+def _admin_commands(subparsers: Any) -> None:
+    adapters = subparsers.add_parser("adapters", help="load, unload and list LoRA adapters (admin port)")
+    actions = adapters.add_subparsers(title="actions", metavar="ACTION", required=True)
+    load = _command(actions, "load", admin.load_adapter, "serve an adapter, or another version", admin=True)
+    load.add_argument("name", help="that requests use")
+    load.add_argument("directory", nargs="?", default="", help="under --adapter-root (default: NAME)")
+    unload = _command(actions, "unload", admin.unload_adapter, "serve an adapter no more", admin=True)
+    unload.add_argument("name")
+    unload.add_argument("--abort", action="store_true", help="end its calls, in place of waiting for them")
+    _command(actions, "list", admin.list_adapters, "what is loaded, and who uses it", admin=True)
+
+
 def _inspection_commands(subparsers: Any) -> None:
     flags = [entry for entry in _SAMPLING if entry[0] not in _OF_WHOLE_ANSWERS]
     names = (*(flag[2:].replace("-", "_") for flag, _, _ in flags), "bad_words", "allowed_words", "timeout")
@@ -162,12 +189,12 @@ def _inspection_commands(subparsers: Any) -> None:
     )
 
 
-def _command(subparsers: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+def _command(subparsers: Any, name: str, run: Any, text: str, admin: bool = False) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name, help=text, description=text[0].upper() + text[1:]
     )
     parser.set_defaults(run=run)
-    add_connection_flags(parser)
+    add_connection_flags(parser, admin)
     parser.add_argument("--timeout", type=float, help="seconds")
     parser.add_argument("--json", action="store_true", help="print JSON, for other programs")
     return parser
@@ -205,8 +232,13 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
         "timeout",
         "n",
     ]
-    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    given: dict[str, Any] = {
+        name: value for name in names if (value := getattr(options, name, None)) is not None
+    }
     for name in ("json_schema", "grammar"):
         if (path := getattr(options, name, None)) is not None:
             given[name] = Path(path).read_text(encoding="utf-8")
+    beams = [getattr(options, name, None) for name in ("beams", "length_penalty", "early_stopping")]
+    if any(value is not None for value in beams):
+        given["beams"] = BeamParams(beams[0], beams[1], EARLY_STOPPING.get(beams[2]))
     return given

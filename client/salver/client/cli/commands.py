@@ -14,15 +14,19 @@ def generate(options: argparse.Namespace) -> None:
     from salver.client.cli.arguments import generation_options
 
     given = generation_options(options)
+    for name in ("target_language", "source_language"):
+        if getattr(options, name) is not None:
+            given[name] = getattr(options, name)
     prompt = read_text(options.prompt)
     with connect(options) as client:
-        if options.json or given.get("n", 1) > 1:
+        if options.json or given.get("n", 1) > 1 or "beams" in given:
             result = client.generate(prompt, **given)
             if options.json:
                 as_json(result)
                 return
             for completion in result.completions:
-                print(f"[{completion.index}] {completion.text}")
+                score = "" if completion.score is None else f" {completion.score:.4f}"
+                print(f"[{completion.index}{score}] {completion.text}")
             return
         with client.stream_generate(prompt, **given) as stream:
             print_stream(stream)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 
+from salver.client.admin import ADMIN_ADDRESS
 from salver.client.client import Client
 from salver.client.options import ConnectionOptions
 from salver.client.security import BearerToken, Tls, token_from_file
 
+ADDRESS = "127.0.0.1:50051"
 _TLS_FLAGS = (
     ("ca", "FILE", "PEM file of the authorities that may vouch for the server; turns TLS on"),
     ("cert", "FILE", "PEM file of a certificate to show to the server"),
@@ -21,12 +23,14 @@ class UsageError(Exception):
     """What was given cannot be used; the message is for a person."""
 
 
-def add_connection_flags(parser: argparse.ArgumentParser) -> None:
+def add_connection_flags(parser: argparse.ArgumentParser, admin: bool = False) -> None:
+    """`admin`: of one server's admin port."""
+    variable, default = ("SALVER_ADMIN_ADDRESS", ADMIN_ADDRESS) if admin else ("SALVER_ADDRESS", ADDRESS)
+    several = "server, or of several with commas between them, or a gRPC target like dns:///name:port"
     parser.add_argument(
         "--address",
-        default=os.environ.get("SALVER_ADDRESS", "127.0.0.1:50051"),
-        help="of the server, or of several with commas between them, or a gRPC target like dns:///name:port "
-        "(SALVER_ADDRESS; default 127.0.0.1:50051)",
+        default=os.environ.get(variable, default),
+        help=f"of the {'admin port' if admin else several} ({variable}; default {default})",
     )
     group = parser.add_argument_group("security")
     group.add_argument(

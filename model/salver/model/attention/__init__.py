@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from .batch import AttentionBatch
+from .batch import AttentionBatch, SourceBatch, into_slots, over_sources
 from .scoring import Alibi, Scoring
 
 if TYPE_CHECKING:
     from ..cache import KVCache
 
-__all__ = ["Alibi", "Attention", "AttentionBatch", "Scoring", "choose"]
+__all__ = [
+    "Alibi", "Attention", "AttentionBatch", "Scoring", "SourceBatch", "choose", "into_slots", "over_sources",
+]  # fmt: skip
 
 
 class Attention(Protocol):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
@@ -21,6 +22,7 @@ class AttentionBatch:
         seq_lens: [S] keys of each sequence after this step; its queries are its last positions.
         block_tables: int64 [S, max_blocks], padded with 0.
         slot_mapping: int64 [N], block * block_size + offset.
+        source: of an encoder-decoder, where its rows find their sources.
         prompt_lens: [S] tokens of each sequence's prompt, where positions depend on it (ropes that
             grow); empty: each row is taken for its sequence's last.
     """
@@ -30,6 +32,7 @@ class AttentionBatch:
     block_tables: Tensor
     slot_mapping: Tensor
     prompt_lens: list[int] = field(default_factory=list)
+    source: SourceBatch | None = None
     _derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -43,3 +46,53 @@ class AttentionBatch:
             self._derived[build] = build(self)
         value: _T = self._derived[build]
         return value
+
+
+@dataclass
+class SourceBatch(AttentionBatch):
+    """Keys and values of sources, for rows that attend to all of them.
+
+    To be read, every row is a sequence of its own, of one query at the end of its source: so no causal mask
+    hides anything. To be written (`CrossAttention.remember`), sequences are sources.
+    """
+
+
+def over_sources(
+    batch: AttentionBatch, block_tables: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> SourceBatch:
+    """Every row of a step over the source of its sequence: so many tokens, in these blocks."""
+    bounds = batch.cu_seqlens_q
+    rows = [bounds[s + 1] - bounds[s] for s in range(len(lengths))]
+    device = batch.block_tables.device
+    return SourceBatch(
+        cu_seqlens_q=list(range(batch.num_tokens + 1)),
+        seq_lens=[length for length, count in zip(lengths, rows, strict=True) for _ in range(count)],
+        block_tables=padded_tables(block_tables, device).repeat_interleave(
+            torch.tensor(rows, device=device), dim=0
+        ),
+        slot_mapping=batch.slot_mapping,
+    )
+
+
+def into_slots(
+    block_tables: Sequence[Sequence[int]], lengths: Sequence[int], num_rows: int, block_size: int, device: Any
+) -> SourceBatch:
+    """Where the keys and values of sources go that are read in this step, of `num_rows` with padding."""
+    slots: list[int] = []
+    bounds = [0]
+    for table, length in zip(block_tables, lengths, strict=True):
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(length)]
+        bounds.append(len(slots))
+    slots += [i % block_size for i in range(num_rows - len(slots))]
+    return SourceBatch(
+        cu_seqlens_q=bounds,
+        seq_lens=list(lengths),
+        block_tables=padded_tables(block_tables, device),
+        slot_mapping=torch.tensor(slots, device=device),
+    )
+
+
+def padded_tables(block_tables: Sequence[Sequence[int]], device: Any) -> Tensor:
+    """int64 [S, widest], padded with the null block."""
+    widest = max(map(len, block_tables))
+    return torch.tensor([[*table, *[0] * (widest - len(table))] for table in block_tables], device=device)

@@ -29,6 +29,7 @@ class _DecodeBucket:
     index: Tensor  # rows of the cache to gather: keys and values, sequences, heads, blocks
     length: int  # keys of the longest
     positions: Tensor  # int64 [B, length] of the keys
+    queries: Tensor  # int64 [B, 1]
     bias: Tensor | None  # float [B, 1, 1, 1, length]: -inf for what a query does not see; None: it sees all
 
 
@@ -115,7 +116,7 @@ class GatheringAttention:
         keys, values = gathered.view(2, bucket.count * heads, -1, head_dim)[:, :, : bucket.length].unbind(0)
         rows = query.reshape(bucket.count * heads, group, head_dim).to(dtype) * scoring.scale
         scores = torch.bmm(rows, keys.transpose(1, 2)).view(bucket.count, heads, group, 1, -1)
-        scores = scoring.adjust(scores, bucket.positions)
+        scores = scoring.adjust(scores, bucket.positions, bucket.queries)
         if bucket.bias is not None:
             scores += bucket.bias
         weights = scoring.weights(scores).view(bucket.count * heads, group, -1)
@@ -163,14 +164,15 @@ class GatheringAttention:
             rows = query[:, begin:end].reshape(heads, group * (end - begin), head_dim)
             scores = torch.bmm(rows, keys[:, seen].transpose(1, 2))
             scores = scores.view(heads, group, end - begin, past + end - first)
-            scores = scoring.adjust(scores, positions[seen] + offset)
+            queries = positions[past + begin : past + end] + offset
+            scores = scoring.adjust(scores, positions[seen] + offset, queries)
             if scoring.window is None:
                 corner = torch.ones((end - begin, end - begin), dtype=torch.bool, device=query.device).triu_(
                     1
                 )
                 scores[..., past + begin :].masked_fill_(corner, float("-inf"))
             else:
-                hidden = _hidden(positions[seen], positions[past + begin : past + end], scoring.window)
+                hidden = _hidden(positions[seen], queries - offset, scoring.window)
                 scores.masked_fill_(hidden, float("-inf"))
             weights = scoring.weights(scores).view(heads, group * (end - begin), -1)
             found = torch.bmm(weights, values[:, seen]).view(heads, group, end - begin, head_dim)
@@ -258,7 +260,8 @@ class _Planner:
         if not everything:
             rows = torch.tensor([batch.cu_seqlens_q[s] for s in chosen], device=device)
         index = self.cache.block_row_index(tables).flatten()
-        return _DecodeBucket(rows, len(chosen), index, length, begins[:, None] + keys, bias)
+        queries = (begins + ends - 1)[:, None]
+        return _DecodeBucket(rows, len(chosen), index, length, begins[:, None] + keys, queries, bias)
 
     def _chunk(self, batch: AttentionBatch, sequence: int) -> _Chunk:
         begin, end = batch.cu_seqlens_q[sequence : sequence + 2]

@@ -42,6 +42,8 @@ def attention_weights(query: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
     key_positions = torch.arange(length, device=query.device)
     if scoring.alibi is not None:
         scores = scores + scoring.alibi.bias(key_positions)[:, None].to(scores.dtype)
+    if scoring.distances is not None:
+        scores = scores + scoring.distance_bias(key_positions, positions).to(scores.dtype)
     hidden = key_positions > positions[:, None]
     if scoring.window is not None:
         hidden |= key_positions <= positions[:, None] - scoring.window

@@ -38,6 +38,7 @@ class Scoring:
         window: a query sees so many last positions, itself included; None: all before it.
         cap: then the score is cap tanh(score / cap); 0 for none.
         alibi: then this is added.
+        distances: or this, float32 [num_heads, distance]: the last column stands for all beyond it too.
         sinks: [num_heads]; a further score of each head, with its part in the softmax and no value.
     """
 
@@ -46,27 +47,39 @@ class Scoring:
     cap: float = 0.0
     alibi: Alibi | None = None
     sinks: Tensor | None = None
+    distances: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Whether a scaled product and a mask are all."""
-        return not self.cap and self.alibi is None and self.sinks is None
+        return not self.cap and self.alibi is None and self.sinks is None and self.distances is None
+
+    def distance_bias(self, keys: Tensor, queries: Tensor) -> Tensor:
+        """float32 [num_heads, ..., Q, K], of keys at positions [..., K] and queries at [..., Q]."""
+        assert self.distances is not None
+        distance = (queries[..., :, None] - keys[..., None, :]).clamp(0, self.distances.shape[1] - 1)
+        return self.distances[:, distance]
 
     def of_heads(self, heads: Sequence[int]) -> Scoring:
         """For these heads alone."""
         chosen = list(heads)
         alibi = None if self.alibi is None else replace(self.alibi, slopes=self.alibi.slopes[chosen])
-        return replace(self, alibi=alibi, sinks=None if self.sinks is None else self.sinks[chosen])
+        sinks = None if self.sinks is None else self.sinks[chosen]
+        distances = None if self.distances is None else self.distances[chosen]
+        return replace(self, alibi=alibi, sinks=sinks, distances=distances)
 
-    def adjust(self, scores: Tensor, positions: Tensor) -> Tensor:
+    def adjust(self, scores: Tensor, positions: Tensor, queries: Tensor) -> Tensor:
         """Cap and bias, in place; before the mask.
 
-        scores [..., kv_heads, group, Q, K] of keys at `positions` [..., K].
+        scores [..., kv_heads, group, Q, K] of keys at `positions` [..., K] for `queries` at [..., Q].
         """
         if self.cap:
             capped(scores, self.cap)
         if self.alibi is not None:
             scores += torch.unflatten(self.alibi.bias(positions), -2, scores.shape[-4:-2])[..., None, :]
+        if self.distances is not None:
+            bias = self.distance_bias(positions, queries).movedim(0, -3)
+            scores += torch.unflatten(bias, -3, scores.shape[-4:-2])
         return scores
 
     def weights(self, scores: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ LANES = 16
 BLOCK_SIZE = 16  # tokens of a cache block: the sixteen lanes of a register
 MAX_HEAD_DIM = 256
 MAX_WIDTH = 32768
+INT4_BLOCK = 32  # weights of a column that share a scale and a least value
+INT4_BYTES = 20  # of such a block: 32 values of 4 bits, two numbers of 16
 
 Progress = ctypes.CFUNCTYPE(None)
 
@@ -29,14 +31,25 @@ class Precision(IntEnum):
     FLOAT32 = 0
     BFLOAT16 = 1
     INT8 = 2
+    INT4 = 3
 
     @property
     def activations(self) -> torch.dtype:
-        return (torch.float32, torch.bfloat16, torch.int8)[self]
+        return (torch.float32, torch.bfloat16, torch.int8, torch.int8)[self]
 
     @property
     def weights(self) -> torch.dtype:
-        return (torch.float32, torch.bfloat16, torch.uint8)[self]
+        return (torch.float32, torch.bfloat16, torch.uint8, torch.uint8)[self]
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Products read int8 rows, which need all of a row of floats first."""
+        return self.activations is torch.int8
+
+    @property
+    def head(self) -> Precision:
+        """Of the matrix that gives the logits: 4 bits there would cost the most quality."""
+        return Precision.INT8 if self is Precision.INT4 else self
 
 
 class Kind(IntEnum):
@@ -75,6 +88,7 @@ class CBuffer(ctypes.Structure):
         ("row_offset", c_void_p),
         ("scale_stride", c_int64),
         ("group", c_int32),
+        ("group_sum", c_void_p),
     )
 
 
@@ -215,10 +229,11 @@ class Library:
         )
 
     def pack(self, weight: Tensor, precision: Precision, gated: bool, threads: int) -> tuple[Tensor, Tensor]:
-        """(panels, float32 scale of each column) of a weight [N, K], float32 or bfloat16."""
+        """(panels, float32 scale of each column for int8) of a weight [N, K], float32 or bfloat16."""
         rows, depth = weight.shape
         panels = num_panels(rows, gated)
-        packed = torch.empty((panels, depth * PANEL), dtype=precision.weights)
+        size = depth // INT4_BLOCK * INT4_BYTES if precision is Precision.INT4 else depth
+        packed = torch.empty((panels, size * PANEL), dtype=precision.weights)
         scale = torch.empty(panels * PANEL if precision is Precision.INT8 else 0)
         weight = weight.contiguous()
         self._library.salver_pack(

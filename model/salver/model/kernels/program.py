@@ -20,6 +20,7 @@ from .build import KernelUnavailable, pairs_are_fast
 from .library import (
     ACTIVATIONS,
     BLOCK_SIZE,
+    INT4_BLOCK,
     LANES,
     MAX_HEAD_DIM,
     MAX_WIDTH,
@@ -40,7 +41,7 @@ from .library import (
 # Buffers of a step, one row for each of its rows.
 RESIDUAL, NORMED, HEADS, ATTENDED, INNER, FINAL = range(6)
 WIDE = {ATTENDED: 6, INNER: 7}  # of int8 buffers, the floats that they are rounded from
-GROUP, INNER_GROUP = 64, 128  # values of an int8 row that share a scale
+GROUP, INNER_GROUP = 64, 128  # values of an int8 row that share a scale; with int4 weights a block's
 HEAD_ROWS = 64  # rows of logits at a time
 PROGRESS_ROWS = 64  # a step of fewer rows is over before anybody asks how it goes
 
@@ -73,7 +74,7 @@ class NativeTransformer:
         Raises KernelUnavailable for a model that the kernel does not know, before it takes anything.
         """
         spec = model.spec
-        check(model, cache)
+        check(model, cache, precision)
         self._base = None if model.checkpoint is None else AdapterBase.of(model)
         self.spec: ModelSpec = spec
         self.device = torch.device("cpu")
@@ -88,10 +89,12 @@ class NativeTransformer:
         self._weights: list[CWeight] = []
         self._operations: list[COperation] = []
         query, inner = spec.qkv_sizes[0], spec.intermediate_size
-        wide = int(precision is Precision.INT8)
+        wide = int(precision.rounds_activations)
         inputs = precision  # what products read
         if precision is Precision.BFLOAT16 and not self._pairs:
             inputs = Precision.FLOAT32
+        elif precision.rounds_activations:
+            inputs = Precision.INT8
         self._buffers = [
             _Buffer(spec.hidden_size, Precision.FLOAT32),
             _Buffer(spec.hidden_size, inputs),
@@ -121,7 +124,7 @@ class NativeTransformer:
 
     def _compile(self, model: Transformer) -> None:
         tied = model.head is None
-        self._head = self._weight(model.embed if model.head is None else model.head)
+        self._head = self._weight(model.embed if model.head is None else model.head, self.precision.head)
         embed = self._head if tied else self._table(model.embed)
         positions = -1 if model.positions is None else self._table(model.positions)
         place = self._place("embed", "embedding")
@@ -171,10 +174,10 @@ class NativeTransformer:
 
     def _first(self, buffer: int) -> int:
         """Where an operation writes what a product reads from `buffer`: int8 needs whole rows first."""
-        return WIDE[buffer] if self.precision is Precision.INT8 else buffer
+        return WIDE[buffer] if self.precision.rounds_activations else buffer
 
     def _narrow(self, buffer: int) -> None:
-        if self.precision is Precision.INT8:
+        if self.precision.rounds_activations:
             self._add(Kind.QUANTIZE, WIDE[buffer], buffer)
 
     def _add(
@@ -211,16 +214,15 @@ class NativeTransformer:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _weight(self, module: Weights, gated: bool = False) -> int:
+    def _weight(self, module: Weights, precision: Precision | None = None, gated: bool = False) -> int:
         """Packs a matrix and empties its module."""
+        precision = self.precision if precision is None else precision
         weight, bias = module.weight.detach(), module.bias
         module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-        packed, scale = self._library.pack(weight, self.precision, gated, self._threads)
+        packed, scale = self._library.pack(weight, precision, gated, self._threads)
         rows, depth = weight.shape
         panels = num_panels(rows, gated)
-        found = CWeight(
-            data=self._keep(packed), precision=self.precision, rows=rows, depth=depth, panels=panels
-        )
+        found = CWeight(data=self._keep(packed), precision=precision, rows=rows, depth=depth, panels=panels)
         if scale.numel():
             found.column_scale = self._keep(scale)
         if bias is not None:
@@ -231,6 +233,8 @@ class NativeTransformer:
     def _table(self, module: Weights) -> int:
         """A matrix that is read by rows, as it is."""
         weight = module.weight.detach().contiguous()
+        if self.precision is Precision.INT4:  # whose weights came in float32
+            weight = weight.to(torch.bfloat16)
         precision = Precision.FLOAT32 if weight.dtype == torch.float32 else Precision.BFLOAT16
         rows, depth = weight.shape
         self._weights.append(
@@ -249,15 +253,19 @@ class NativeTransformer:
             torch.zeros((self._rows, buffer.width), dtype=buffer.precision.activations)
             for buffer in self._buffers
         ]
-        groups = max(-(-buffer.width // GROUP) for buffer in self._buffers)
+        int4 = self.precision is Precision.INT4
+        group, inner_group = (INT4_BLOCK, INT4_BLOCK) if int4 else (GROUP, INNER_GROUP)
+        groups = max(-(-buffer.width // group) for buffer in self._buffers)
         # One product at a time reads int8 rows: their scales take turns in one place.
         self._group_scale = torch.zeros((groups, self._rows))
+        self._group_sum = torch.zeros((groups, self._rows)) if int4 else None
         self._row_offset = torch.zeros(self._rows)
         buffers = [
             CBuffer(
                 data=tensor.data_ptr(), stride=buffer.width, precision=buffer.precision, width=buffer.width,
                 group_scale=self._group_scale.data_ptr(), row_offset=self._row_offset.data_ptr(),
-                scale_stride=self._rows, group=INNER_GROUP if number == INNER else GROUP,
+                scale_stride=self._rows, group=inner_group if number == INNER else group,
+                group_sum=None if self._group_sum is None else self._group_sum.data_ptr(),
             )
             for number, (tensor, buffer) in enumerate(zip(self._tensors, self._buffers, strict=True))
         ]  # fmt: skip
@@ -362,7 +370,7 @@ class NativeTransformer:
     def prepare_adapters(self, adapters: Sequence[Adapter]) -> PreparedAdapters:
         """See `adapters.AdapterSet`. Raises CheckpointError for what the kernel does not do."""
         rows = self._weights[self._head].rows
-        made = NativeAdapters(adapters, self._places, rows, self._library, self.precision, self._threads)
+        made = NativeAdapters(adapters, self._places, rows, self._library, self.precision.head, self._threads)
         return PreparedAdapters(self, made)
 
     def install_adapters(self, adapters: NativeAdapters) -> None:
@@ -415,7 +423,7 @@ def unsupported(spec: ModelSpec) -> str | None:
     return None
 
 
-def check(model: Transformer, cache: KVCache) -> None:
+def check(model: Transformer, cache: KVCache, precision: Precision) -> None:
     """Raises KernelUnavailable, saying what of the model the kernel does not do."""
     spec = model.spec
     if (reason := unsupported(spec)) is not None:
@@ -430,6 +438,8 @@ def check(model: Transformer, cache: KVCache) -> None:
         )
     if spec.activation not in ACTIVATIONS:
         raise KernelUnavailable(f"it does not know the activation {spec.activation}")
-    for size in (spec.hidden_size, spec.intermediate_size, sum(spec.qkv_sizes)):
-        if size % 4 or size > MAX_WIDTH:
-            raise KernelUnavailable(f"a width of {size} is not a multiple of 4 up to {MAX_WIDTH}")
+    step = INT4_BLOCK if precision is Precision.INT4 else 4
+    depths = (spec.hidden_size, spec.intermediate_size, spec.qkv_sizes[0])
+    for size, multiple in (*((depth, step) for depth in depths), (sum(spec.qkv_sizes), 4)):
+        if size % multiple or size > MAX_WIDTH:
+            raise KernelUnavailable(f"a width of {size} is not a multiple of {multiple} up to {MAX_WIDTH}")

@@ -1,5 +1,6 @@
 """From logits to tokens: processing steps, the draw, log-probabilities."""
 
+from salver.model.sampling.candidates import candidates
 from salver.model.sampling.distribution import StepDistribution, distributions
 from salver.model.sampling.logprobs import TokenLogprobs, token_logprobs
 from salver.model.sampling.rows import SamplingRow
@@ -13,6 +14,7 @@ __all__ = [
     "Step",
     "StepDistribution",
     "TokenLogprobs",
+    "candidates",
     "distributions",
     "sample",
     "token_logprobs",

@@ -13,7 +13,14 @@ from .sentencepiece import read_sentencepiece
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # Classes of tokenizer_config.json whose rules are those here; without one, the files speak for themselves.
 # The value: whether a text begins with the beginning-of-sequence token if the config does not say.
-SENTENCEPIECE_CLASSES = {"LlamaTokenizer": True, "GemmaTokenizer": True, "CodeLlamaTokenizer": True}
+SENTENCEPIECE_CLASSES = {
+    "LlamaTokenizer": True,
+    "GemmaTokenizer": True,
+    "CodeLlamaTokenizer": True,
+    "T5Tokenizer": False,
+    "MT5Tokenizer": False,
+}
+ENDING = ("T5Tokenizer", "MT5Tokenizer")  # a text ends with the end-of-sequence token
 BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": False, "CodeGenTokenizer": False}
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -27,7 +34,10 @@ def convert(path: Path, settings: dict[str, Any], special: dict[str, Any]) -> To
     for name in SENTENCEPIECE:
         if (path / name).is_file():
             begins = _begins(path, named, SENTENCEPIECE_CLASSES, name, default=True)
-            return _finished(read_sentencepiece(path / name), named, begins)
+            tokenizer = _finished(read_sentencepiece(path / name), named, begins)
+            if str(named.get("tokenizer_class") or "").removesuffix("Fast") in ENDING:
+                _end_with_eos(path, tokenizer, named)
+            return tokenizer
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         begins = _begins(path, named, BYTE_LEVEL_CLASSES, "merges.txt", default=False)
         return _finished(_byte_level(path, named), named, begins)
@@ -83,6 +93,21 @@ def _finished(tokenizer: Tokenizer, named: dict[str, Any], begins: bool) -> Toke
             special_tokens=[(bos.content, index)],
         )
     return tokenizer
+
+
+def _end_with_eos(path: Path, tokenizer: Tokenizer, named: dict[str, Any]) -> None:
+    """T5's texts end so; and behind its pieces stand the marks of left-out spans, the last one first."""
+    eos = _token(named.get("eos_token")) or AddedToken("</s>", special=True, normalized=False)
+    index = tokenizer.token_to_id(eos.content)
+    if index is None:
+        raise CheckpointError(f"{path}: the special token {eos.content} is not in the vocabulary")
+    marks = [f"<extra_id_{i}>" for i in reversed(range(int(named.get("extra_ids", 100))))]
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", eos.content],
+        pair=["$A", eos.content, "$B", eos.content],
+        special_tokens=[(eos.content, index)],
+    )
 
 
 def _token(value: object) -> AddedToken | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -13,6 +14,12 @@ from ..errors import CheckpointError
 from .decoding import Decoding, read_decoding
 from .encoding import EncodedText, encoded
 from .vocabulary_files import read_vocabulary_files
+
+if TYPE_CHECKING:
+    from .piece_vocabulary import PieceVocabulary
+
+# Special tokens that name a language: M2M-100's, mBART's and NLLB's, Marian's.
+_LANGUAGE = re.compile(r"__([a-z]{2,8})__|([a-z]{2,3}_(?:[A-Z]{2}|[A-Z][a-z]{3}))|>>(.+)<<")
 
 
 class Tokenizer:
@@ -22,6 +29,7 @@ class Tokenizer:
     bos_token_id: of tokenizer_config.json, else config.json; eos_token_ids: of the first of
     generation_config.json, config.json and tokenizer_config.json that names any, as transformers'
     generate takes them. special_token_ids: the ids that `skip_special_tokens` leaves out.
+    languages: the ids of special tokens that name one, by its code.
     """
 
     def __init__(
@@ -31,7 +39,9 @@ class Tokenizer:
         bos_token_id: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
         mask_token_id: int | None = None,
+        pieces: PieceVocabulary | None = None,
     ) -> None:
+        """`pieces`, where texts are not split by the backend but as these say."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -43,6 +53,10 @@ class Tokenizer:
         self.mask_token_id = mask_token_id
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
+        special = ((index, _LANGUAGE.fullmatch(added[index].content)) for index in self.special_token_ids)
+        found = {match[match.lastindex or 0]: index for index, match in special if match}
+        self.languages = dict(sorted(found.items()))
+        self._pieces = pieces
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
@@ -51,7 +65,7 @@ class Tokenizer:
         Without that file, what `vocabulary_files` or `conversion` make of those that stand in for it.
         """
         settings = read_json(path / "tokenizer_config.json")
-        backend = _read_backend(path, settings)
+        backend, pieces = _read_backend(path, settings)
         config = read_json(path / "config.json")
         generation = read_json(path / "generation_config.json")
         bos = _named_id(backend, settings.get("bos_token"))
@@ -66,14 +80,22 @@ class Tokenizer:
         mask = _named_id(backend, settings.get("mask_token"))
         if mask is None:
             mask = next((i for i in map(backend.token_to_id, ("[MASK]", "<mask>")) if i is not None), None)
-        return cls(backend, bos_token_id=bos, eos_token_ids=eos, mask_token_id=mask)
+        return cls(backend, bos_token_id=bos, eos_token_ids=eos, mask_token_id=mask, pieces=pieces)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. Special tokens spelled in it are recognized, as in transformers."""
+        if self._pieces is not None:
+            return [index for index, _, _ in self._pieces.encode(text, special=add_special_tokens)]
         # As a batch of one: `encode` would hold the interpreter's lock for as long as it takes.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
+
+    def encode_output(self, text: str) -> list[int]:
+        """The ids of a text that a model writes, as an encoder-decoder's other side; no special tokens."""
+        if self._pieces is not None:
+            return [index for index, _, _ in self._pieces.encode(text, special=False, output=True)]
+        return self.encode(text, add_special_tokens=False)
 
     def encode_input(self, text: str, pair: str | None = None) -> EncodedText:
         """A text, or a pair that is read together, with its special tokens."""
@@ -91,6 +113,8 @@ class Tokenizer:
         start equals end for a token that stands for no text; the tokens that share one character
         each have that whole character.
         """
+        if self._pieces is not None:
+            return self._pieces.encode(text, special=add_special_tokens)
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return [(index, *span) for index, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
@@ -141,23 +165,29 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
-def _read_backend(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+def _read_backend(
+    path: Path, settings: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, PieceVocabulary | None]:
     file = path / "tokenizer.json"
     if file.is_file():
         try:
-            return tokenizers.Tokenizer.from_file(str(file))
+            return tokenizers.Tokenizer.from_file(str(file)), None
         except Exception as error:  # what the library raises is a bare Exception
             raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
     backend = read_vocabulary_files(path, settings)
     if backend is None:
         from .conversion import convert  # protobuf is loaded where it is needed
+        from .piece_vocabulary import read_piece_vocabulary
 
-        backend = convert(path, settings, read_json(path / "special_tokens_map.json"))
+        special = read_json(path / "special_tokens_map.json")
+        if (found := read_piece_vocabulary(path, settings, special)) is not None:
+            return found[1], found[0]
+        backend = convert(path, settings, special)
     if backend is None:
         raise CheckpointError(
             f"{file}: missing; no SentencePiece model, no vocab.txt and no vocab.json and merges.txt stand in"
         )
-    return backend
+    return backend, None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,11 @@ def read_vocabulary_files(path: Path, settings: dict[str, Any]) -> tokenizers.To
     if (path / "vocab.txt").is_file():
         return _word_piece(path / "vocab.txt", settings)
     named = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
-    if named == "RobertaTokenizer" and (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+    if (
+        named in ("RobertaTokenizer", "BartTokenizer")
+        and (path / "vocab.json").is_file()
+        and (path / "merges.txt").is_file()
+    ):
         return _byte_pairs(path, settings)
     return None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from salver.server.engine.changes import AdapterSource
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -16,7 +18,7 @@ class EngineConfig:
     checkpoint: str
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    quantization: str = "none"  # none | int8
+    quantization: str = "none"  # none | int8 | int4
     numerics: str = "exact"  # exact | fast
     kernels: str = "torch"  # auto | native | torch
     kernel_library: str = ""  # the native kernel's path; empty: there is none, for this reason:
@@ -34,4 +36,5 @@ class EngineConfig:
     speculation: str = "off"  # off | ngram | draft
     num_draft_tokens: int = 4  # at most, for each sequence in a step
     speculative_model: str = ""  # for draft: its checkpoint directory
-    adapters: tuple[tuple[str, str], ...] = ()  # names and PEFT directories
+    adapters: tuple[AdapterSource, ...] = ()
+    more_adapters: bool = False  # others may be loaded later

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from salver.server.engine.beam import Candidate, beam_capacity
+from salver.server.engine.beam_groups import BeamGroup
 from salver.server.engine.blocks import BlockPool
 from salver.server.engine.drafts import Speculation
 from salver.server.engine.errors import OutOfMemory
@@ -41,6 +43,7 @@ class RowResult:
     exhausted: bool = False  # its parameters leave no token to choose
     partial: object = None  # what `encoding` has read so far; comes back as the sequence's `partial`
     arrays: tuple[NDArray[Any], ...] = ()  # what it asked for, once all is computed
+    candidates: list[Candidate] | None = None  # what may follow a beam, in place of a token
 
 
 @dataclass(slots=True)
@@ -73,6 +76,7 @@ class EngineLimits:
     tokens_for_one: int = 0  # that a step computes in about the time of one; see `scheduler`
     priority_interval: float = 1.0
     rope_context: tuple[int, str] = (0, "")  # as in ModelSpec
+    max_source_len: int = 0  # of an encoder-decoder's sources; 0: there is no encoder
     enable_prefix_caching: bool = True
     check_integrity: bool = False
 
@@ -111,7 +115,7 @@ class EngineCore:
         )
         self.steps = 0
         self.generated_tokens = 0
-        self._runner = runner
+        self.runner = runner
         self._clock = clock
         self._pending = _Pending()
         self._started: set[int] = set()  # unfinished requests whose start was told
@@ -136,8 +140,13 @@ class EngineCore:
 
         (They ended on their way here.) Nothing is answered: who aborts does not wait.
         """
-        for sequence in self.scheduler.find(request_id, sample_index):
-            self.scheduler.finish(sequence, FinishReason.ABORT)
+        group = self.scheduler.beams.of(request_id)
+        if group is not None:
+            if not group.give_up(sample_index):
+                self.scheduler.beams.finish(group, FinishReason.ABORT)
+        else:
+            for sequence in self.scheduler.find(request_id, sample_index):
+                self.scheduler.finish(sequence, FinishReason.ABORT)
         self._forget_started(request_id)
 
     def step(self, announce: Callable[[StepMessage], None] | None = None) -> StepMessage | None:
@@ -164,10 +173,12 @@ class EngineCore:
             now = self._clock()
             for item, row in zip(schedule.scheduled, result.rows, strict=True):
                 self._take(item, row, now)
+            for group in self.scheduler.beams.complete():
+                self._choose_beams(group, now)
             self.steps += 1
             stats = StepStats(
                 schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration,
-                sum(item.num_tokens - len(item.draft) - 1 for item in schedule.scheduled),
+                sum(i.num_tokens - len(i.draft) - 1 + i.num_source_tokens for i in schedule.scheduled),
             )  # fmt: skip
         if self.limits.check_integrity:
             self.scheduler.check_integrity()
@@ -187,7 +198,7 @@ class EngineCore:
         not come after a part that has written into them, so they go with the first part that works.
         """
         try:
-            return self._runner.execute(schedule)
+            return self.runner.execute(schedule)
         except OutOfMemory as error:
             reason = str(error)
         # Out of the except block: its traceback would hold the failed step's tensors.
@@ -207,18 +218,36 @@ class EngineCore:
         prompt, output = len(request.prompt_token_ids), max(map(len, request.outputs), default=0)
         total = prompt + max(request.stopping.max_tokens, output)
         whole = request.encoding is not None and request.encoding.whole
+        source = len(request.source_token_ids)
+        needed = 0 if whole else self.pool.blocks_for(total) + self.pool.blocks_for(source)
         if prompt == 0:
             return "the prompt is empty"
+        if (source == 0) != (self.limits.max_source_len == 0):
+            return "there is no encoder for the source" if source else "the source is empty"
+        if source > self.limits.max_source_len:
+            return f"{source} tokens are more than the encoder reads ({self.limits.max_source_len})"
         if total > self.limits.max_model_len:
             return f"{total} tokens are more than the context of {self.limits.max_model_len}"
-        if not whole and self.pool.blocks_for(total) > self.pool.num_blocks - 1:
+        if needed > self.pool.num_blocks - 1:
             held = (self.pool.num_blocks - 1) * self.pool.block_size
-            return f"{total} tokens are more than the cache holds ({held})"
+            return f"{total + source} tokens are more than the cache holds ({held})"
+        return "" if request.beams is None else self._refusal_of_beams(request, total)
+
+    def _refusal_of_beams(self, request: EngineRequest, total: int) -> str:
+        places, pool = request.num_places, self.pool
+        if places > self.limits.max_num_seqs:
+            return f"{places} beams are more than the {self.limits.max_num_seqs} sequences of a step"
+        blocks = pool.num_blocks - 1 - pool.blocks_for(len(request.source_token_ids))
+        held = beam_capacity(len(request.prompt_token_ids), places, blocks, pool.block_size)
+        if total > held:
+            return f"{total} tokens of {places} beams are more than the cache holds of them ({held})"
         return ""
 
     def _take(self, item: Scheduled, row: RowResult, now: float) -> None:
         """Applies one row of the step's result to its sequence."""
         sequence = item.sequence
+        if sequence.finished:  # together with another beam
+            return
         sequence.steps += 1
         if row.error:
             reason = FinishReason.MEMORY if row.out_of_memory else FinishReason.ERROR
@@ -230,6 +259,8 @@ class EngineCore:
         if row.prompt_logprobs:
             sequence.next_prompt_logprob += len(row.prompt_logprobs)
         sequence.partial = row.partial
+        if row.candidates is not None:
+            self.scheduler.beams.take(sequence, row.candidates)
         self._advance_and_tell(item, row, now)
 
     def _advance_and_tell(self, item: Scheduled, row: RowResult, now: float) -> None:
@@ -269,6 +300,33 @@ class EngineCore:
                 )
             )
 
+    def _choose_beams(self, group: BeamGroup, now: float) -> None:
+        """What follows the beams of a request, once all of them are computed."""
+        if not group.complete:  # another request has taken its blocks meanwhile
+            return
+        children = group.advance()
+        self.scheduler.charge(group.live[0], max(1, len(children)))
+        for beam in group.live:
+            beam.last_token = now
+            if beam.first_token is None:
+                beam.first_token = now
+        if group.search.ended:
+            self._finish_beams(group, group.outputs())
+            return
+        self.scheduler.beams.go_on(group, children)
+        if not group.told:
+            group.told = True
+            self._pending.outputs += [
+                SequenceOutput(group.request.request_id, index, computing=True)
+                for index in group.sample_indices
+            ]
+
+    def _finish_beams(self, group: BeamGroup, outputs: list[SequenceOutput]) -> None:
+        self.generated_tokens += sum(len(output.token_ids) for output in outputs)
+        self._pending.outputs += outputs
+        self.scheduler.beams.finish(group, FinishReason.STOP)
+        self._forget_started(group.request.request_id)
+
     def _finish(
         self,
         sequence: Sequence,
@@ -279,6 +337,10 @@ class EngineCore:
         error: str = "",
         arrays: tuple[NDArray[Any], ...] = (),
     ) -> None:
+        group = self.scheduler.beams.of(sequence.request.request_id)
+        if group is not None:
+            self._finish_beams(group, group.failures(reason, error))
+            return
         self.scheduler.finish(sequence, reason)
         self._pending.outputs.append(
             SequenceOutput(

@@ -31,9 +31,10 @@ from salver.server.engine.startup import (
     PhaseTimer,
     StartError,
     describe,
+    facts_of,
     find_device,
+    load_adapters,
     load_dense,
-    read_adapters,
     start_engine,
     use_threads,
 )
@@ -53,6 +54,10 @@ def start_any_engine(
         raise StartError(str(error)) from error
     if isinstance(spec, EncoderSpec):
         return start_encoder(config, spec, page, phases, begin)
+    if spec.encoder is not None and config.dtype == "auto" and find_device(config).type == "cpu":
+        # A source is read once: that can be exact. In torch only float32 promises the same tokens in any
+        # company, and translation is short enough for it in the kernel too.
+        config = replace(config, dtype="float32")
     return start_engine(config, page, phases, begin)
 
 
@@ -67,8 +72,8 @@ def start_encoder(
     model, dense = _load(config, spec, device), load_dense(config, spec.hidden_size)
     parameters, dtype, loaded = model.num_parameters(), model.dtype, model.loaded
     timer.done("load weights")
-    loaded_adapters = read_adapters(config, model)
-    if loaded_adapters:
+    loaded_adapters, lost = load_adapters(config, model)
+    if config.adapters:
         timer.done("load adapters")
     kernels = _use_kernels(config, model, threads)
     native = kernels == "native"
@@ -79,7 +84,9 @@ def start_encoder(
     max_model_len = config.max_model_len or spec.max_input_tokens
     if max_model_len > spec.max_input_tokens:
         raise StartError(f"--max-model-len {max_model_len}: the model reads at most {spec.max_input_tokens}")
-    adapters = AdapterSet(model, loaded_adapters, multiple) if loaded_adapters else None
+    adapters = None
+    if config.adapters or config.more_adapters:
+        adapters = AdapterSet(model, loaded_adapters, multiple)
     runner = EncoderRunner(
         model, row_multiple=multiple, dense=dense, on_progress=page.bump, adapters=adapters
     )
@@ -109,7 +116,8 @@ def start_encoder(
     ready = describe(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=parameters, phases=phases, measured=measured,
-        adapters=() if adapters is None else tuple(adapters.digests.items()),
+        adapters=() if adapters is None else tuple(facts_of(*item) for item in adapters.adapters.items()),
+        lost_adapters=lost,
     )  # fmt: skip
     # The front sees the null block alone: there is no cache.
     return EngineCore(runner, limits, clock=time.monotonic), replace(ready, num_blocks=1)
@@ -142,7 +150,7 @@ def _use_kernels(config: EngineConfig, model: Encoder, threads: int) -> str:
     if config.kernels == "torch":
         return "torch"
     try:
-        if config.adapters:
+        if config.adapters or config.more_adapters:
             raise KernelUnavailable("it does not do adapters of encoders")
         if not config.kernel_library:
             raise KernelUnavailable(config.no_kernel or "it is for the CPU")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from salver.server.engine.changes import Refusal
+
 
 class EngineError(Exception):
     """Base of all of them. The message is for a person."""
@@ -32,6 +34,25 @@ class RequestDeadlineExceeded(EngineError):
 
 class RequestOutOfMemory(EngineError):
     """The request's own part of a step does not fit in memory: RESOURCE_EXHAUSTED."""
+
+
+class RequestAborted(EngineError):
+    """Who runs the server ended the request, as by unloading its adapter: ABORTED.
+
+    `reason` is for programs.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ChangeRefused(EngineError):
+    """A change of what is served was not made, and nothing of it was."""
+
+    def __init__(self, message: str, refusal: Refusal) -> None:
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class OutOfMemory(Exception):

@@ -45,6 +45,8 @@ class InlineEngine:
     def abort(self, request_id: int, sample_index: int | None = None) -> None:
         """What `EngineProcess.abort` does: nothing more is heard of it."""
         aborted = len(self.core.scheduler.find(request_id, sample_index))
+        if sample_index is None:
+            aborted = self._unfinished.get(request_id, 0)
         self.core.abort(request_id, sample_index)
         self._ended(request_id, aborted)
 

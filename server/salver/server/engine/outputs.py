@@ -46,6 +46,7 @@ class CompletionDelta:
     stop_match: StopMatch | None
     text_offset: int
     token_offset: int
+    score: float | None = None  # of an answer of a beam search
 
 
 @dataclass(slots=True)
@@ -115,7 +116,8 @@ class GenerationStream:
                 index,
                 TextStream(
                     tokenizer,
-                    Detokenizer(tokenizer, continuation=True),
+                    # A source is not gone on with: the output is a text of its own.
+                    Detokenizer(tokenizer, continuation=not request.source_token_ids),
                     stop_strings,
                     min_tokens=stopping.min_tokens,
                     include_stop=include_stop,
@@ -277,7 +279,9 @@ class GenerationStream:
         text = sample.text
         reason: FinishReason | None = None
         for token_id in output:
-            if token_id in stopping.stop_token_ids and text.num_tokens >= stopping.min_tokens:
+            forced = stopping.forced_eos_token_id is not None and text.num_tokens == stopping.max_tokens - 1
+            ends = token_id in stopping.stop_token_ids and text.num_tokens >= stopping.min_tokens
+            if ends and not forced:
                 text.finish_with_stop_token(token_id, eos=token_id in self._eos_token_ids)
             else:
                 text.add(token_id)
@@ -334,6 +338,7 @@ class GenerationStream:
                 delta.text += text.finish()
             delta.finish_reason = reason
             delta.stop_match = text.match
+            delta.score = output.score
             sample.finished = True
             sample.timings = output.timings
             self._unfinished -= 1

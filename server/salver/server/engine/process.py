@@ -18,9 +18,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from salver.server.engine.changes import Change, Changed
 from salver.server.engine.channel import ChannelClosed
 from salver.server.engine.config import EngineConfig
-from salver.server.engine.errors import EngineError, EngineStartError, EngineUnavailable, RequestFailed
+from salver.server.engine.errors import (
+    EngineError,
+    EngineStartError,
+    EngineUnavailable,
+    RequestAborted,
+    RequestFailed,
+)
+from salver.server.engine.pending_changes import PendingChanges
 from salver.server.engine.request import (
     Abort,
     EngineRequest,
@@ -117,7 +125,7 @@ class EngineProcess:
         times: EngineTimes | None = None,
         max_failures: int = 5,
     ) -> None:
-        """Starts nothing yet.
+        """Starts nothing yet. `config` may be changed later: the next worker is started with it.
 
         `on_step` sees every step before its requests do, `on_state` every change of state.
         `command` is the worker's, without its descriptors (for tests). After `max_failures`
@@ -136,6 +144,8 @@ class EngineProcess:
         self._worker: WorkerProcess | None = None
         self._loading: WorkerProcess | None = None  # started, not ready yet
         self._in_flight: dict[int, _InFlight] = {}
+        self._changes = PendingChanges()
+        self._lost_adapters: dict[str, str] = {}  # keys that this worker does not have, and why
         self._suspect: _InFlight | None = None  # it may be what killed the last worker
         self._unproven: set[int] = set()  # its samples that this worker has not survived yet
         self._held: deque[_InFlight] = deque()  # in flight, but behind the suspect
@@ -170,6 +180,8 @@ class EngineProcess:
         """Gives a request to the worker. Raises EngineUnavailable while there is none."""
         if self.state not in (EngineState.SERVING, EngineState.STALLED) or self._worker is None:
             raise self._unavailable()
+        if (reason := self._lost_adapters.get(request.adapter)) is not None:
+            raise RequestAborted(f"the adapter is lost: {reason}", "ADAPTER_LOST")
         entry = _InFlight(request, sink)
         if self._suspect is not None:
             self._held.append(entry)
@@ -179,6 +191,25 @@ class EngineProcess:
             except ChannelClosed as error:  # it died, and the supervisor has not woken up yet
                 raise self._unavailable() from error
         self._in_flight[request.request_id] = entry
+
+    async def change(self, change: Change) -> Changed:
+        """What the worker made of it. Raises ChangeRefused, and EngineUnavailable: the worker is not there,
+        or died; nothing is changed then, for the next one starts with `config`."""
+        self.tell(change)
+        return await self._changes.answer(change.ticket)
+
+    def tell(self, change: Change) -> None:
+        """As `change`, for one whose outcome nobody waits for. Raises EngineUnavailable."""
+        if self.state not in (EngineState.SERVING, EngineState.STALLED) or self._worker is None:
+            raise self._unavailable()
+        try:
+            self._worker.send(change)
+        except ChannelClosed as error:
+            raise self._unavailable() from error
+
+    def requests_of_adapters(self) -> list[tuple[str, bool]]:
+        """Of every request in the engine, the adapter's key ("" for none), and whether it has begun."""
+        return [(entry.request.adapter, entry.started) for entry in list(self._in_flight.values())]
 
     def abort(self, request_id: int, sample_index: int | None = None) -> None:
         """Ends a request or one sample: its sink hears nothing more of it. Unknown ones are ignored."""
@@ -226,6 +257,9 @@ class EngineProcess:
     # --- the worker's messages ---------------------------------------------------------
 
     def _receive(self, message: object) -> None:
+        if isinstance(message, Changed):
+            self._changes.settle(message)
+            return
         if not isinstance(message, StepMessage):
             raise TypeError(f"a worker does not send {type(message).__name__}")
         # That a step begins is not that it ends.
@@ -261,7 +295,8 @@ class EngineProcess:
                 _log.exception("request %d: its output could not be taken", output.request_id)
                 self.abort(output.request_id)
                 entry.sink.fail(RequestFailed("an output could not be taken"))
-            if entry is self._suspect and (output.token_ids or output.finish_reason is not None):
+            goes_well = output.token_ids or output.computing or output.finish_reason is not None
+            if entry is self._suspect and goes_well:
                 self._unproven.discard(output.sample_index)
                 self._release_if_proven()
 
@@ -286,6 +321,7 @@ class EngineProcess:
             self._loading = None
         self._start_seconds = time.monotonic() - begin
         self._worker, self.ready, self._served = worker, ready, False
+        self._lost_adapters = dict(ready.lost_adapters)
         return ready
 
     async def _supervise(self) -> None:
@@ -308,6 +344,7 @@ class EngineProcess:
             self._set_state(EngineState.RESTARTING)
             await worker.reap()  # everything it sent has been received after this
             self._worker = None
+            self._changes.fail_all(self._unavailable())
             self.page.retire_worker()
             _log.error("the worker (pid %d) %s", worker.pid, worker.describe_exit())
             self._bury()
@@ -352,6 +389,10 @@ class EngineProcess:
 
     def _resubmit(self) -> None:
         """Gives a new worker what is in flight; first, one by one, what a dead one was computing."""
+        for request_id, entry in list(self._in_flight.items()):
+            if (reason := self._lost_adapters.get(entry.request.adapter)) is not None:
+                del self._in_flight[request_id]
+                entry.sink.fail(RequestAborted(f"the adapter is lost: {reason}", "ADAPTER_LOST"))
         self._held = deque(sorted(self._in_flight.values(), key=lambda entry: not entry.deaths))
         self._release()
 
@@ -410,6 +451,7 @@ class EngineProcess:
             self._on_state(state)
 
     def _fail_all(self, error: EngineError) -> None:
+        self._changes.fail_all(error)
         entries, self._in_flight = list(self._in_flight.values()), {}
         for entry in entries:
             entry.sink.fail(error)

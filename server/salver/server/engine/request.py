@@ -11,6 +11,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from salver.server.engine.changes import AdapterFacts
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -64,6 +66,19 @@ class StoppingParams:
     max_tokens: int
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    forced_eos_token_id: int | None = None  # is chosen where an output reaches max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BeamParams:
+    """Asks for the best answers of a beam search (`beam`) in place of samples.
+
+    A score is divided by (output tokens)^length_penalty. early_stopping: True, False or "never".
+    """
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
 
 class Readout(enum.Enum):
@@ -111,10 +126,13 @@ class EngineRequest:
     from before the worker died); usually empty. They count as output for penalties,
     limits and noise positions. A request with `max_tokens` 0 computes its prompt only
     (Score, and everything with `encoding`). Times are of the monotonic clock, which both processes share.
+
+    With `beams` the samples are the answers, sample 0 the best: they come whole, when the search has
+    ended, and begin anew where it is cut (`outputs` are empty).
     """
 
     request_id: int
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]  # of an encoder-decoder, what its output begins with
     sampling: SamplingParams
     stopping: StoppingParams
     sample_indices: tuple[int, ...] = (0,)
@@ -130,8 +148,21 @@ class EngineRequest:
     tenant: str = ""  # whose it is; tenants share the engine by their weights
     weight: float = 1.0
     encoding: EncodingParams | None = None
-    adapter: str = ""  # the name of the LoRA adapter that is asked; empty: the model itself
+    adapter: str = ""  # the key of the LoRA adapter that is asked (see `changes`); empty: the model itself
+    source_token_ids: tuple[int, ...] = ()  # what an encoder-decoder's encoder reads
+    num_start_tokens: int = 0  # of the prompt, that came with no text but from the checkpoint
     grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
+    beams: BeamParams | None = None
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that it may have in the batch at once."""
+        return len(self.sample_indices) if self.beams is None else self.beams.num_beams
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens of its texts: the source's, and the prompt's without what the checkpoint begins it with."""
+        return len(self.source_token_ids) + len(self.prompt_token_ids) - self.num_start_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +204,8 @@ class SequenceOutput:
     timings: SequenceTimings | None = None  # set when it ends
     error: str = ""
     arrays: tuple[NDArray[Any], ...] = ()  # what `encoding` asked for, when it ends
+    score: float | None = None  # of an answer of a beam search
+    computing: bool = False  # nothing to tell yet, but that computing the request goes well
 
 
 @dataclass(slots=True)
@@ -226,8 +259,9 @@ class Ready:
     max_num_seqs: int
     max_num_batched_tokens: int
     phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
-    quantization: str = "none"  # of the weights: none | int8
-    adapters: tuple[tuple[str, str], ...] = ()  # names and digests
+    quantization: str = "none"  # of the weights: none | int8 | int4
+    adapters: tuple[AdapterFacts, ...] = ()
+    lost_adapters: tuple[tuple[str, str], ...] = ()  # keys of what the last worker had, and why not this one
     measured: Measured | None = None
 
 

@@ -41,7 +41,7 @@ def measure_roofline(
         pieces = [torch.ones(PIECE[device.type] // 8, dtype=torch.int64, device=device)]
         pieces *= MOST_CALLS * threads
     size = SIZE[device.type]
-    if quantization == "int8":
+    if quantization != "none":
         left = torch.ones((size, size), dtype=torch.int8, device=device)
         multiply = torch._int_mm
     else:

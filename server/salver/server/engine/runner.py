@@ -12,10 +12,19 @@ from torch import Tensor
 from salver.model.adapters import AdapterSet
 from salver.model.attention import AttentionBatch, Scoring
 from salver.model.cache import KVCache
-from salver.model.sampling import INVALID, SamplingRow, TokenLogprobs, distributions, sample, token_logprobs
+from salver.model.sampling import (
+    INVALID,
+    SamplingRow,
+    TokenLogprobs,
+    candidates,
+    distributions,
+    sample,
+    token_logprobs,
+)
 from salver.model.transformer import Decoder
 from salver.server.engine.attention_rows import AttentionRows
 from salver.server.engine.batch import Part, build_batch
+from salver.server.engine.beam import Candidate, num_candidates
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.grammar import Grammars, Mask
@@ -23,6 +32,7 @@ from salver.server.engine.readouts import Dense, distribution_arrays, read_state
 from salver.server.engine.request import EncodingParams, EngineRequest, Logprobs, Readout
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
+from salver.server.engine.source_reader import SourceReader
 
 # Prompt log-probabilities need the logits of every position: so many rows at a time.
 LOGPROB_ROWS = 64
@@ -42,8 +52,9 @@ class ModelRunner:
         dense: Dense | None = None,
         grammars: Grammars | None = None,
         adapters: AdapterSet | None = None,
+        sources: SourceReader | None = None,
     ) -> None:
-        """Without `grammars` or `adapters`, no request may have one."""
+        """Without `grammars` or `adapters`, no request may have one; `sources` of an encoder-decoder."""
         self.model = model
         self.cache = cache
         self._dense = dense
@@ -53,6 +64,7 @@ class ModelRunner:
         self._on_progress = on_progress
         self.grammars = grammars
         self.adapters = adapters
+        self._sources = sources
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
@@ -87,15 +99,20 @@ class ModelRunner:
                 rows.take(layer, query, key, scoring)
 
         sampling = [i for i, item in enumerate(schedule.scheduled) if item.samples]
+        beams = [i for i in sampling if schedule.scheduled[i].sequence.request.beams is not None]
+        sampling = [i for i in sampling if schedule.scheduled[i].sequence.request.beams is None]
         masks = self._begin_masks([schedule.scheduled[i] for i in sampling])
         model_begin = time.perf_counter()
         ends = batch.attention.cu_seqlens_q
         rows = [
             row
-            for i in sampling
+            for i in (*sampling, *beams)
             for row in range(ends[i + 1] - 1 - len(schedule.scheduled[i].draft), ends[i + 1])
         ]
         try:
+            if self._sources is not None:
+                self._sources.read(schedule.scheduled)
+                self._sources.attach(batch.attention, schedule.scheduled)
             hidden = self.model(
                 batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress,
                 on_attention=observe if observed else None,
@@ -104,7 +121,10 @@ class ModelRunner:
         finally:
             wait([masks])  # it works on sequences that a failed step's halves need again
         model_duration = time.perf_counter() - model_begin
-        self._sample(schedule, sampling, logits, masks.result(), results)
+        num_beams = len(beams)
+        self._sample(schedule, sampling, logits[: len(rows) - num_beams], masks.result(), results)
+        if beams:
+            self._offer(schedule, beams, logits[len(rows) - num_beams :], results)
         for i, (item, first_row) in enumerate(zip(schedule.scheduled, batch.first_rows, strict=True)):
             request = item.sequence.request
             if request.prompt_top_k is not None:
@@ -199,6 +219,29 @@ class ModelRunner:
             for result in asking:
                 result.logprobs = [_logprobs(next(told)) for _ in result.token_ids]
 
+    def _offer(self, schedule: Schedule, beams: list[int], logits: Tensor, results: list[RowResult]) -> None:
+        """Finds what may follow each beam, [len(beams)] rows."""
+        sequences = [schedule.scheduled[i].sequence for i in beams]
+        counts = [num_candidates(s.request.beams, s.request.stopping) for s in sequences if s.request.beams]
+        found = candidates(logits, [sampling_rows(s)[0] for s in sequences], counts)
+        for row, (i, sequence, pairs) in enumerate(zip(beams, sequences, found, strict=True)):
+            request = sequence.request
+            if not _are_numbers(logits[row]):
+                results[i].error = "the model's logits are not numbers"
+            elif request.output_top_k is None:
+                results[i].candidates = [Candidate(token_id, score) for token_id, score in pairs]
+            else:
+                told = token_logprobs(
+                    logits[row].expand(len(pairs), -1),
+                    [token_id for token_id, _ in pairs],
+                    [request.output_top_k] * len(pairs),
+                    [request.logprob_token_ids] * len(pairs),
+                )
+                results[i].candidates = [
+                    Candidate(token_id, score, _logprobs(logprobs))
+                    for (token_id, score), logprobs in zip(pairs, told, strict=True)
+                ]
+
     def _prompt_logprobs(self, item: Scheduled, hidden: Tensor, first_row: int, result: RowResult) -> None:
         """Row p's logits score the token at p + 1; each position is told once, also after a preemption."""
         sequence = item.sequence
@@ -225,6 +268,8 @@ class ModelRunner:
         """Seconds of a step in which so many sequences choose a token, all in the null block."""
         parts = [Part([0], 0, [0]) for _ in range(num_sequences)]
         batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)
+        if self._sources is not None:
+            self._sources.attach_nothing(batch.attention)
         begin = time.perf_counter()
         hidden = self.model(
             batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress
@@ -234,7 +279,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def measure_prefill(self, num_tokens: int) -> float:
-        """Tokens a second of a prompt this long, all in the null block; also warms the kernels up."""
+        """Tokens a second of a prompt this long, all in the null block; also warms the kernels up.
+
+        Of an encoder-decoder with more than one, of a source.
+        """
+        if self._sources is not None and num_tokens > 1:
+            return num_tokens / self._sources.measure(num_tokens)
         attention = AttentionBatch(
             cu_seqlens_q=[0, num_tokens],
             seq_lens=[num_tokens],
@@ -243,6 +293,8 @@ class ModelRunner:
             ),
             slot_mapping=torch.arange(num_tokens, device=self.device) % self.block_size,
         )
+        if self._sources is not None:
+            self._sources.attach_nothing(attention)
         token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         positions = torch.arange(num_tokens, device=self.device)
         begin = time.perf_counter()
@@ -258,7 +310,7 @@ def within_memory(
     try:
         return compute(schedule)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or "out of memory"
     # Out of the except block, whose traceback holds the failed step's tensors.
@@ -267,7 +319,7 @@ def within_memory(
     raise OutOfMemory(reason)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """torch's CPU allocator has no exception class of its own, only its name in a RuntimeError's text."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
@@ -289,7 +341,9 @@ def sampling_rows(
     output = [*sequence.token_ids[sequence.num_prompt_tokens :], *draft]
     first = sequence.num_output_tokens
     return [
-        SamplingRow(
+        _forced(stopping.forced_eos_token_id, sequence, output[:length])
+        if stopping.forced_eos_token_id is not None and sequence.end_is_forced(length)
+        else SamplingRow(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -313,6 +367,26 @@ def sampling_rows(
         )
         for length in range(first, len(output) + 1)
     ]
+
+
+def _forced(token_id: int, sequence: Sequence, output: list[int]) -> SamplingRow:
+    """Nothing but this token can be chosen."""
+    sampling = sequence.request.sampling
+    return SamplingRow(
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        logit_bias=(),
+        seed=sampling.seed,
+        sample_index=sequence.sample_index,
+        prompt_token_ids=(),
+        output_token_ids=output,
+        allowed_token_ids=(token_id,),
+    )
 
 
 def agreed(chosen: list[int], draft: tuple[int, ...]) -> list[int]:

@@ -27,7 +27,15 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from salver.server.engine.beam_groups import BeamGroups
 from salver.server.engine.blocks import BlockPool
+from salver.server.engine.cross_cache import (
+    cached_source,
+    free_source,
+    share_source,
+    source_was_read,
+    take_source,
+)
 from salver.server.engine.drafts import Speculation
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
 from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus, order_key
@@ -49,6 +57,12 @@ class Scheduled:
     start: int
     num_tokens: int
     draft: tuple[int, ...] = ()
+    reads_source: bool = False  # before them, the encoder reads all of the sequence's source
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Of the source, if it is read in this step."""
+        return self.sequence.num_source_tokens if self.reads_source else 0
 
     @property
     def samples(self) -> bool:
@@ -72,7 +86,7 @@ class Schedule:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
+        return sum(item.num_tokens + item.num_source_tokens for item in self.scheduled)
 
 
 class Scheduler:
@@ -109,22 +123,27 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0  # prompt tokens looked up
         self.prefix_hits = 0  # and found
+        self.beams = BeamGroups(self)
         self._waiting = WaitingQueue()
         self._deadlines: list[tuple[float, int, int, Sequence]] = []  # a heap, likewise
         self._sequences: dict[int, dict[int, Sequence]] = {}  # by request, sample; unfinished ones
-        self._copies: list[tuple[int, int]] = []
+        self.copies: list[tuple[int, int]] = []
 
     # --- what comes in -----------------------------------------------------------------
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request: its first sample leads, the others share the leader's prompt."""
         positions = self._positions(len(request.prompt_token_ids))
+        starts = list(zip(request.sample_indices, request.outputs, strict=True))
+        if request.beams is not None:
+            starts = [(0, ())]
         samples = [
-            Sequence(request, index, output, self._key(request, index), positions)
-            for index, output in zip(request.sample_indices, request.outputs, strict=True)
+            Sequence(request, index, output, self._key(request, index), positions) for index, output in starts
         ]
+        if request.beams is not None:
+            self.beams.add(samples[0], request.beams)
         for sequence in samples:
-            if self._outgrew(sequence):
+            if self.outgrew(sequence):
                 sequence.outgrow()
         self._sequences[request.request_id] = {s.sample_index: s for s in samples}
         for sequence in samples:
@@ -151,13 +170,20 @@ class Scheduler:
         followers, sequence.followers = sequence.followers, []
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
-        self._release(sequence)
+        self.release(sequence)
         samples = self._sequences[sequence.request.request_id]
         del samples[sequence.sample_index]
         if not samples:
             del self._sequences[sequence.request.request_id]
         # A leader that ends before its prompt is computed leaves the lead to the next sample.
         self._lead([f for f in followers if not f.finished])
+
+    def add_beam(self, request: EngineRequest) -> Sequence:
+        """One sequence more for a request in the engine."""
+        samples = self._sequences[request.request_id]
+        beam = Sequence(request, len(samples), (), self._key(request, len(samples)))
+        samples[beam.sample_index] = beam
+        return beam
 
     @property
     def has_work(self) -> bool:
@@ -191,7 +217,7 @@ class Scheduler:
             self._schedule_waiting(schedule, budget, now)
         if self.speculation is not None:
             self._schedule_drafts(schedule, self.speculation)
-        schedule.copies, self._copies = self._copies, []
+        schedule.copies, self.copies = self.copies, []
         return schedule
 
     def advance(self, item: Scheduled, num_accepted: int = 0) -> None:
@@ -201,6 +227,8 @@ class Scheduler:
         there: their slots are written again, and blocks taken for them alone go back.
         """
         sequence = item.sequence
+        if item.reads_source:
+            source_was_read(sequence, self.pool)
         sequence.num_computed_tokens = item.start + item.num_tokens - len(item.draft) + num_accepted
         size = self.pool.block_size
         if item.draft:
@@ -222,7 +250,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every block is free, cached or owned exactly once per owner."""
-        self.pool.check_integrity(s.block_table for s in self.unfinished())
+        self.pool.check_integrity(
+            table for s in self.unfinished() for table in (s.block_table, s.cross_table)
+        )
 
     # --- inside ------------------------------------------------------------------------
 
@@ -233,7 +263,7 @@ class Scheduler:
             return ""
         return str(num_prompt_tokens) if beyond == "each" else "long"
 
-    def _outgrew(self, sequence: Sequence) -> bool:
+    def outgrew(self, sequence: Sequence) -> bool:
         """Whether it is longer now than its positions were made for, so that it is computed again."""
         return self._room_to_grow(sequence) < 0
 
@@ -246,9 +276,10 @@ class Scheduler:
     def _renew_positions(self) -> None:
         if self.rope_context[1] != "again":
             return
-        for sequence in [s for s in self.running if self._outgrew(s)]:
-            sequence.outgrow()
-            self._preempt(sequence)
+        for sequence in [s for s in self.running if self.outgrew(s)]:
+            if sequence.status is SequenceStatus.RUNNING:  # it has not gone together with another beam
+                sequence.outgrow()
+                self.preempt(sequence)
 
     def _key(self, request: EngineRequest, sample_index: int) -> OrderKey:
         return order_key(request, sample_index, self.priority_interval)
@@ -261,29 +292,36 @@ class Scheduler:
         leader.followers = followers
         for follower in followers:
             follower.status = SequenceStatus.HELD
-        self._wait(leader)
+        self.wait(leader)
 
-    def _wait(self, sequence: Sequence) -> None:
+    def wait(self, sequence: Sequence) -> None:
+        """Queues it at its place in the order."""
         sequence.status = SequenceStatus.WAITING
         self.num_waiting += 1
         self._waiting.push(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
+        """Takes from a sequence all that it holds, but its tokens."""
         if self.speculation is not None:
             self.speculation.forget(sequence)
         self.pool.free(sequence.block_table)
+        free_source(sequence, self.pool)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
         sequence.partial = None
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         """Back to the queue, at its old place; its tokens are computed again."""
+        group = self.beams.of(sequence.request.request_id)
+        if group is not None:
+            self.beams.preempt(group)
+            return
         self.running.remove(sequence)
-        self._release(sequence)
+        self.release(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
-        self._wait(sequence)
+        self.wait(sequence)
 
     def _budget(self) -> int:
         """Tokens of the next step; at least one for each running sequence."""
@@ -305,21 +343,26 @@ class Scheduler:
             start = sequence.num_computed_tokens
             num_tokens = min(sequence.num_tokens - start, budget - behind)
             missing = self.pool.blocks_for(start + num_tokens) - len(sequence.block_table)
-            if missing > self.pool.num_free:
+            # All beams of a request find room, or none: those behind it are preempted together.
+            beams = sequence.request.beams is not None
+            if (self.beams.missing(sequence) if beams else missing) > self.pool.num_free:
                 # The worst has not been scheduled yet: at the end stands this one or a worse one.
-                self._preempt(self.running[-1])
+                self.preempt(self.running[-1])
                 preempted = True
                 continue
             sequence.block_table += self.pool.allocate(max(0, missing))
-            schedule.scheduled.append(Scheduled(sequence, start, num_tokens))
-            budget -= num_tokens
             index += 1
+            if num_tokens:  # a beam may wait for the others, which are being computed again
+                schedule.scheduled.append(Scheduled(sequence, start, num_tokens))
+                budget -= num_tokens
         return budget, preempted
 
     def _schedule_waiting(self, schedule: Schedule, budget: int, now: float) -> None:
-        while budget > 0 and len(self.running) < self.max_num_seqs:
+        while budget > 0 and (places := self._free_places()) > 0:
             sequence = self._best_waiting()
             if sequence is None or not self._has_room(sequence, schedule, budget):
+                break
+            if sequence.request.beams is not None and sequence.request.num_places > places:
                 break
             if not self._admit(sequence):
                 break
@@ -330,25 +373,30 @@ class Scheduler:
                 sequence.first_scheduled = now
                 schedule.started.append(sequence)
                 # Once: what a preemption makes it compute again was not the tenant's wish.
-                self._waiting.charge(sequence, sequence.num_tokens - sequence.num_computed_tokens)
+                unread = 0 if sequence.source_read else sequence.num_source_tokens
+                new = sequence.num_tokens - sequence.num_computed_tokens + unread
+                self._waiting.charge(sequence, new)
             insort(self.running, sequence, key=lambda s: s.key)
             start = sequence.num_computed_tokens
-            num_tokens = sequence.num_tokens - start
+            item = Scheduled(sequence, start, sequence.num_tokens - start)
+            item.reads_source = bool(sequence.cross_table) and not sequence.source_read
+            budget -= item.num_source_tokens
             if not sequence.whole:
-                num_tokens = min(num_tokens, budget)
-            schedule.scheduled.append(Scheduled(sequence, start, num_tokens))
-            budget -= num_tokens
+                item.num_tokens = min(item.num_tokens, max(1, budget))
+            schedule.scheduled.append(item)
+            budget -= item.num_tokens
 
     @staticmethod
     def _has_room(sequence: Sequence, schedule: Schedule, budget: int) -> bool:
-        """Whether this step takes the sequence: of whole ones, those that fit, and always a first one."""
-        if not sequence.whole or sequence.num_tokens <= budget:
+        """Whether this step takes the sequence: of whole ones and sources, those that fit, always a first."""
+        uncut = sequence.num_tokens if sequence.whole else sequence.num_source_tokens
+        if uncut <= budget:
             return True
-        return not any(item.sequence.whole for item in schedule.scheduled)
+        return not any(item.sequence.whole or item.reads_source for item in schedule.scheduled)
 
     def _schedule_drafts(self, schedule: Schedule, speculation: Speculation) -> None:
         """Adds drafts to what samples in this step, out of the budget and the blocks that nobody wants."""
-        items = [item for item in schedule.scheduled if item.samples]
+        items = [i for i in schedule.scheduled if i.samples and i.sequence.request.beams is None]
         num_rows = schedule.num_tokens
         budget = self.max_num_batched_tokens - num_rows
         if not items or budget <= 0:
@@ -366,6 +414,9 @@ class Scheduler:
             item.draft = draft[: len(table) * self.pool.block_size - end]
             item.num_tokens += len(item.draft)
 
+    def _free_places(self) -> int:
+        return self.max_num_seqs - len(self.running) - self.beams.reserved
+
     def _best_waiting(self) -> Sequence | None:
         return self._waiting.best()
 
@@ -382,17 +433,29 @@ class Scheduler:
             # A full hit still computes the last token: its logits are what is wanted.
             hits = self.pool.lookup(sequence.digests(self.pool.block_size, sequence.num_tokens - 1))
         missing = self.pool.blocks_for(sequence.num_tokens) - len(hits)
-        left = self.pool.num_free - self.pool.num_free_among(hits) - missing
-        if left < len(self.running):
+        source = cached_source(sequence, self.pool) if sequence.num_source_tokens else []
+        unread = 0 if source else self.pool.blocks_for(sequence.num_source_tokens)
+        left = self.pool.num_free - self.pool.num_free_among(hits + source) - missing - unread
+        beams = sequence.request.beams is not None
+        if beams:
+            left -= self.beams.blocks_beside(sequence)
+        if left < len(self.running) + self.beams.reserved:
             return False
         self.pool.share(hits)
+        if sequence.num_source_tokens:
+            take_source(sequence, self.pool, source)
         sequence.block_table = hits + self.pool.allocate(missing)
+        if beams:
+            self.beams.admit(sequence)
         sequence.num_computed_tokens = len(hits) * self.pool.block_size
         sequence.num_registered_blocks = len(hits)
-        if sequence.first_scheduled is None and sequence.reads_prefix_cache:
+        if sequence.first_scheduled is None and (sequence.reads_prefix_cache or sequence.num_source_tokens):
             cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            looked_up = sequence.num_prompt_tokens
+            if sequence.num_source_tokens:  # what an output begins with is too short to be found
+                cached, looked_up = (sequence.num_source_tokens if source else 0), sequence.num_source_tokens
             sequence.num_cached_tokens = cached
-            self.prefix_queries += sequence.num_prompt_tokens
+            self.prefix_queries += looked_up
             self.prefix_hits += cached
         return True
 
@@ -402,6 +465,9 @@ class Scheduler:
         A fork leaves the last prompt token to compute, which gives the sample its own
         first logits. A sample that finds no slot or block waits like any other request.
         """
+        if leader.request.beams is not None:
+            self.beams.release_followers(leader)
+            return
         size = self.pool.block_size
         shared_tokens = leader.num_prompt_tokens - 1
         shared = leader.block_table[: shared_tokens // size]
@@ -412,14 +478,15 @@ class Scheduler:
                 continue
             follower.next_prompt_logprob = leader.num_prompt_tokens  # the leader has told them
             missing = self.pool.blocks_for(follower.num_tokens) - len(shared)
-            if len(self.running) >= self.max_num_seqs or self.pool.num_free - missing < len(self.running):
-                self._wait(follower)
+            if self._free_places() <= 0 or self.pool.num_free - missing < len(self.running):
+                self.wait(follower)
                 continue
             self.pool.share(shared)
             fresh = self.pool.allocate(missing)
             if has_part:
-                self._copies.append((leader.block_table[len(shared)], fresh[0]))
+                self.copies.append((leader.block_table[len(shared)], fresh[0]))
             follower.block_table = shared + fresh
+            share_source(leader, follower, self.pool)
             follower.num_computed_tokens = shared_tokens
             follower.num_registered_blocks = len(shared)
             follower.num_cached_tokens = leader.num_cached_tokens

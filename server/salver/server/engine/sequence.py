@@ -43,6 +43,7 @@ class Sequence:
         "_digests",
         "arrival",
         "block_table",
+        "cross_table",
         "finish_reason",
         "first_scheduled",
         "first_token",
@@ -61,6 +62,7 @@ class Sequence:
         "preemptions",
         "request",
         "sample_index",
+        "source_read",
         "status",
         "steps",
         "token_ids",
@@ -86,6 +88,8 @@ class Sequence:
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
         self.num_registered_blocks = 0
+        self.cross_table: list[int] = []  # blocks of its source; see `cross_cache`
+        self.source_read = False
         self.partial: object = None  # what the runner has read of the computed tokens, for `encoding`
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -134,7 +138,28 @@ class Sequence:
         self.position_length, self.positions = self.num_tokens, "long"
         self._digests.clear()
 
+    @property
+    def num_source_tokens(self) -> int:
+        return len(self.request.source_token_ids)
+
+    def source_digest(self) -> bytes:
+        """Names the source, for those who may share what was computed of it."""
+        root = root_digest(f"source\0{self.request.cache_salt}", self.request.adapter)
+        return block_digest(root, self.request.source_token_ids)
+
+    def follow(self, other: Sequence) -> None:
+        """From now on it is another sequence that has come as far as `other`; blocks come apart."""
+        self.token_ids = list(other.token_ids)
+        self.position_length, self.positions = other.position_length, other.positions
+        self.next_prompt_logprob = other.next_prompt_logprob
+        self.num_cached_tokens = other.num_cached_tokens
+        self.first_scheduled, self.first_token = other.first_scheduled, other.first_token
+        self.last_token, self.steps, self.preemptions = other.last_token, other.steps, other.preemptions
+        self._digests = list(other._digests)
+
     def _root_digest(self) -> bytes:
+        if self.request.source_token_ids:  # every token depends on all of it
+            return self.source_digest()
         salt = self.request.cache_salt
         return root_digest(f"{self.positions}\0{salt}" if self.positions else salt, self.request.adapter)
 
@@ -150,11 +175,16 @@ class Sequence:
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Whether the output ends with the token just appended."""
         stopping = self.request.stopping
-        if token_id in stopping.stop_token_ids:
+        if token_id in stopping.stop_token_ids and not self.end_is_forced(self.num_output_tokens - 1):
             return FinishReason.STOP
         if self.num_output_tokens >= stopping.max_tokens:
             return FinishReason.LENGTH
         return None
+
+    def end_is_forced(self, position: int) -> bool:
+        """Whether the output token at this position is the last and set: it ended by its limit."""
+        stopping = self.request.stopping
+        return stopping.forced_eos_token_id is not None and position == stopping.max_tokens - 1
 
     def timings(self) -> SequenceTimings:
         """Seconds by phase, as far as it came."""

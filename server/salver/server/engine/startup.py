@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -18,8 +19,10 @@ from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
 from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
+from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
-from salver.model.transformer import Decoder, Transformer
+from salver.model.transformer import Decoder, SourceDecoder, Transformer
+from salver.server.engine.changes import AdapterFacts, AdapterSource
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.draft_model import DraftModel
@@ -28,6 +31,7 @@ from salver.server.engine.grammar import Grammars, load_vocabulary
 from salver.server.engine.request import Measured, Ready
 from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.runner import ModelRunner
+from salver.server.engine.source_reader import SourceReader
 from salver.server.engine.status_page import StatusPage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +61,7 @@ def start_engine(
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     model = _load(config, config.checkpoint, device, dtype)
     spec, loaded = model.spec, model.loaded
+    _refuse_flags(config, spec)
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
     timer.done("load weights")
     max_model_len = _max_model_len(config, spec)
@@ -68,8 +73,8 @@ def start_engine(
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
-    loaded_adapters = read_adapters(config, model)
-    if loaded_adapters:
+    loaded_adapters, lost = load_adapters(config, model)
+    if config.adapters:
         timer.done("load adapters")
     decoder, kernels = _decoder(config, model, cache, threads, tuple(loaded_adapters.values()))
     native = kernels == "native"
@@ -78,7 +83,9 @@ def start_engine(
     multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
     model.pad_experts(multiple)
     timer.done("probe numerics")
-    adapters = AdapterSet(decoder, loaded_adapters, multiple) if loaded_adapters else None
+    adapters = None
+    if config.adapters or config.more_adapters:
+        adapters = AdapterSet(decoder, loaded_adapters, multiple)
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
     runner = ModelRunner(
         decoder,
@@ -89,6 +96,9 @@ def start_engine(
         dense=load_dense(config, spec.hidden_size),
         grammars=grammars,
         adapters=adapters,
+        sources=None
+        if spec.encoder is None
+        else SourceReader(cast(SourceDecoder, decoder), cache, row_multiple=multiple, on_progress=page.bump),
     )
     speed, one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
@@ -114,13 +124,15 @@ def start_engine(
         tokens_for_one=max(1, int(speed / one)),
         priority_interval=config.priority_interval,
         rope_context=spec.rope_context,
+        max_source_len=0 if spec.encoder is None else spec.encoder.max_input_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         check_integrity=config.check_integrity,
     )
     ready = describe(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=decoder.num_parameters(), phases=phases, measured=measured,
-        adapters=() if adapters is None else tuple(adapters.digests.items()),
+        adapters=() if adapters is None else tuple(facts_of(*item) for item in adapters.adapters.items()),
+        lost_adapters=lost,
     )  # fmt: skip
     grammars.warm_beside()
     return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
@@ -138,7 +150,8 @@ def describe(
     num_parameters: int,
     phases: list[tuple[str, float]],
     measured: Measured,
-    adapters: tuple[tuple[str, str], ...] = (),
+    adapters: tuple[AdapterFacts, ...] = (),
+    lost_adapters: tuple[tuple[str, str], ...] = (),
 ) -> Ready:
     """What the front is told of a warm engine; `kernels` is "native", or torch and why."""
     return Ready(
@@ -165,29 +178,62 @@ def describe(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         phases=tuple(phases),
         adapters=adapters,
+        lost_adapters=lost_adapters,
         measured=measured,
     )
 
 
 def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Transformer:
     try:
-        return load_model(Path(checkpoint), device=device, dtype=dtype, numerics=config.numerics)
+        name = weights_dtype_name(str(dtype).removeprefix("torch."), config.quantization)
+        return load_model(Path(checkpoint), device=device, dtype=DTYPES[name], numerics=config.numerics)
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
 
 
-def read_adapters(config: EngineConfig, model: Transformer | Encoder) -> dict[str, Adapter]:
-    """By their names. Raises StartError."""
-    loaded = {}
+def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
+    """What is not implemented for encoder-decoders. Raises StartError."""
+    if spec.encoder is None:
+        return
+    if config.adapters or config.more_adapters:
+        flag = "--adapter" if config.adapters else "--adapter-root"
+        raise StartError(f"{flag}: not implemented for encoder-decoders ({spec.architecture})")
+    if config.speculation == "draft":
+        raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
+
+
+def facts_of(key: str, adapter: Adapter) -> AdapterFacts:
+    return AdapterFacts(key, adapter.digest, adapter.rank, adapter.num_bytes)
+
+
+def load_adapters(
+    config: EngineConfig, model: Transformer | Encoder
+) -> tuple[dict[str, Adapter], tuple[tuple[str, str], ...]]:
+    """The adapters, and keys of those that were there before and cannot be had again, with the reason.
+
+    Raises StartError for a bad one that was never there.
+    """
+    loaded, lost = {}, []
     base = AdapterBase.of(model)
-    for name, directory in config.adapters:
+    for source in config.adapters:
         try:
-            loaded[name] = load_adapter(Path(directory), base)
+            loaded[source.key] = read_adapter(source, base)
         except CheckpointError as error:
-            raise StartError(f"--adapter {name}: {error}") from error
-    return loaded
+            if not source.digest:
+                name = source.key.rpartition("@")[0]
+                raise StartError(f"--adapter {name}: {error}") from error
+            lost.append((source.key, str(error)))
+    return loaded, tuple(lost)
+
+
+def read_adapter(source: AdapterSource, model: AdapterBase | Decoder | Encoder) -> Adapter:
+    """Raises CheckpointError: also for other files than its digest is of."""
+    adapter = load_adapter(Path(source.directory), model)
+    if source.digest not in ("", adapter.digest):
+        raise CheckpointError(f"{source.directory}: the files have changed since they were loaded")
+    return adapter
 
 
 def load_dense(config: EngineConfig, hidden_size: int) -> DenseModules | None:
@@ -228,7 +274,7 @@ def _speculation(
         return None
     drafter: PromptLookup | DraftModel = PromptLookup()
     if draft is not None:
-        dtype, size = draft.dtype, runner.block_size
+        dtype, size = runner.cache.data.dtype, runner.block_size
         try:
             cache = KVCache(draft.spec, num_blocks, size, dtype=dtype, device=draft.device)
         except (MemoryError, RuntimeError) as error:
@@ -338,7 +384,8 @@ def _num_blocks(
 ) -> int:
     """Blocks that fit in the cache's memory, the null block among them; unasked, no more than can be used."""
     per_block = KVCache.bytes_per_block(spec, block_size, dtype)
-    whole_context = (-(-max_model_len // block_size) + 1) * per_block
+    source = 0 if spec.encoder is None else -(-spec.encoder.max_input_tokens // block_size)
+    whole_context = (-(-max_model_len // block_size) + 1 + source) * per_block
     most = max_num_seqs * whole_context
     if config.kv_cache_memory is not None:
         memory = config.kv_cache_memory

@@ -12,12 +12,17 @@ import argparse
 import signal
 import socket
 import time
+from typing import TYPE_CHECKING
 
+from salver.server.engine.changes import DropAdapter, LoadAdapter
 from salver.server.engine.channel import Channel, ChannelClosed
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore
 from salver.server.engine.request import Abort, Failed, Shutdown, Submit
 from salver.server.engine.status_page import StatusPage
+
+if TYPE_CHECKING:
+    from salver.server.engine.updates import Updates
 
 IDLE_TICK = 0.1  # seconds between signs of life of an idle worker
 
@@ -46,6 +51,7 @@ def _serve(channel: Channel, page: StatusPage) -> int:
     imported = time.perf_counter()
     from salver.server.engine.encoder_startup import start_any_engine
     from salver.server.engine.startup import StartError
+    from salver.server.engine.updates import Updates
 
     try:
         core, ready = start_any_engine(config, page, [("import torch", imported - begin)], imported)
@@ -53,7 +59,7 @@ def _serve(channel: Channel, page: StatusPage) -> int:
         channel.send(Failed(str(error)))
         return 1
     channel.send(ready)
-    _loop(channel, page, core)
+    _loop(channel, page, core, Updates(core))
     return 0
 
 
@@ -65,7 +71,7 @@ def _first_message(channel: Channel) -> EngineConfig:
             return message
 
 
-def _loop(channel: Channel, page: StatusPage, core: EngineCore) -> None:
+def _loop(channel: Channel, page: StatusPage, core: EngineCore, updates: Updates) -> None:
     checked = core.steps
     while True:
         messages = channel.poll(timeout=0.0 if core.has_work else IDLE_TICK)
@@ -78,10 +84,14 @@ def _loop(channel: Channel, page: StatusPage, core: EngineCore) -> None:
                     core.add(request)
                 case Abort(request_id, sample_index):
                     core.abort(request_id, sample_index)
+                case LoadAdapter() | DropAdapter():
+                    updates.begin(message)
                 case Shutdown():
                     return
                 case _:
                     raise TypeError(f"no such message: {type(message).__name__}")
+        if (changed := updates.finish()) is not None:
+            channel.send(changed)
         report = core.step(channel.send)
         publish(page, core)
         if report is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
+
+from salver.server.engine.errors import EngineError
 
 
 @dataclass(slots=True)
@@ -19,7 +22,7 @@ class RequestPhases:
     output_tokens: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """One call of any method."""
 
@@ -28,6 +31,11 @@ class Call:
     request_id: str = ""
     tenant: str = ""
     requests: list[RequestPhases] = field(default_factory=list)
+    engine_requests: list[int] = field(default_factory=list)  # ids of all that it gave to the engine
+    peer: str = ""
+    adapter: str = ""  # the key of the one that it asks, which is kept for it until it ends
+    doom: EngineError | None = None  # it shall end with this, also what of it has not begun
+    audit: dict[str, Any] = field(default_factory=dict)  # of an admin call, what it asks for
 
 
 _current: ContextVar[Call | None] = ContextVar("call", default=None)

@@ -11,6 +11,11 @@ Configuration = common_pb2.GenerationConfiguration
 REQUEST = common_pb2.CONFIGURATION_ORIGIN_REQUEST
 CHECKPOINT = common_pb2.CONFIGURATION_ORIGIN_CHECKPOINT
 SERVER = common_pb2.CONFIGURATION_ORIGIN_SERVER
+EARLY_STOPPING: dict[bool | str, common_pb2.BeamParams.EarlyStopping] = {
+    False: common_pb2.BeamParams.EARLY_STOPPING_HEURISTIC,
+    True: common_pb2.BeamParams.EARLY_STOPPING_FIRST,
+    "never": common_pb2.BeamParams.EARLY_STOPPING_NEVER,
+}
 
 _SERVER_DEFAULTS = Configuration(
     sampling=common_pb2.SamplingParams(
@@ -18,6 +23,7 @@ _SERVER_DEFAULTS = Configuration(
         frequency_penalty=0.0, top_k=0, n=1, typical_p=1.0, no_repeat_ngram_size=0,
     ),
     stopping=common_pb2.StoppingParams(min_tokens=0, ignore_eos=False, include_stop=False),
+    beams=common_pb2.BeamParams(num_beams=1, length_penalty=1.0, early_stopping=EARLY_STOPPING[False]),
 )  # fmt: skip
 
 
@@ -25,7 +31,7 @@ def checkpoint_defaults(config: GenerationConfig) -> Configuration:
     """What a checkpoint says, and the server's defaults for the rest."""
     made = Configuration()
     made.CopyFrom(_SERVER_DEFAULTS)
-    for part in ("sampling", "stopping"):
+    for part in ("sampling", "stopping", "beams"):
         fields = getattr(made, part)
         for field in fields.DESCRIPTOR.fields:
             path = f"{part}.{field.name}"
@@ -34,17 +40,30 @@ def checkpoint_defaults(config: GenerationConfig) -> Configuration:
             if value is None or value == ():
                 continue
             made.origins[path] = CHECKPOINT
-            if field.name == "bad_token_sequences":
+            if field.name == "early_stopping":
+                fields.early_stopping = EARLY_STOPPING[value]
+            elif field.name == "bad_token_sequences":
                 fields.bad_token_sequences.extend(common_pb2.TokenIds(ids=ids) for ids in value)
             else:
                 setattr(fields, field.name, value)
     return made
 
 
+def without_beams(made: Configuration) -> None:
+    """Takes all that is said of beams from `made`."""
+    made.ClearField("beams")
+    for name in [name for name in made.origins if name.startswith("beams.")]:
+        del made.origins[name]
+
+
 def in_force(request: Any, defaults: Configuration) -> Configuration:
-    """The request's own values over `defaults`; seed and max_tokens stay unset where nobody says them."""
+    """The request's own values over `defaults`; seed and max_tokens stay unset where nobody says them.
+
+    Without beams (see `beams`).
+    """
     made = Configuration()
     made.CopyFrom(defaults)
+    without_beams(made)
     for part in ("sampling", "stopping"):
         given, fields = getattr(request, part), getattr(made, part)
         for field, _ in given.ListFields():

@@ -73,6 +73,7 @@ def completion(delta: CompletionDelta, tokenizer: Tokenizer) -> common_pb2.Compl
         stop_match=None if delta.stop_match is None else stop_match(delta.stop_match),
         text_offset=delta.text_offset,
         token_offset=delta.token_offset,
+        score=delta.score,
     )
 
 

@@ -31,7 +31,7 @@ from salver.server.engine.request import (
 )
 from salver.server.metrics import Metrics
 from salver.server.rpc import convert
-from salver.server.rpc.errors import out_of_range
+from salver.server.rpc.errors import out_of_range, task_not_supported
 from salver.server.rpc.generation import deadline_of
 from salver.server.rpc.prompts import PromptReader
 from salver.server.rpc.served import Front, ServedModel
@@ -243,6 +243,8 @@ class EngineCalls:
         num_inputs: int = 1,
     ) -> EncodingCall:
         """Admits the call. Raises ApiError: also for the violations found so far."""
+        if model.source is not None:
+            raise task_not_supported(f"it is not implemented for encoder-decoders ({model.architecture})")
         priority = check_priority(request, violations)
         violations.raise_any()
         return EncodingCall(

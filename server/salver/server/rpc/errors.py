@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from salver.server.engine.errors import (
     EngineError,
     EngineUnavailable,
+    RequestAborted,
     RequestDeadlineExceeded,
     RequestOutOfMemory,
 )
@@ -180,6 +181,8 @@ def from_engine_error(error: EngineError, request_id: str) -> ApiError:
             reason="OUT_OF_MEMORY",
             retry_after=RETRY_OUT_OF_MEMORY,
         )
+    if isinstance(error, RequestAborted):
+        return ApiError(grpc.StatusCode.ABORTED, str(error), reason=error.reason)
     if isinstance(error, EngineUnavailable):
         message = str(error) or "the engine is restarting"
         return unavailable(message, error.retry_after, "ENGINE_UNAVAILABLE")

@@ -16,12 +16,14 @@ from salver.server.engine.outputs import CompletionDelta, GenerationStream, Gene
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, Logprobs
 from salver.server.metrics import Metrics
 from salver.server.rpc import convert
+from salver.server.rpc.beams import limits_of_beams
 from salver.server.rpc.configuration import Configuration
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
 from salver.server.rpc.grammar import GrammarCompiler, check_followable, check_structured_output
 from salver.server.rpc.prompts import PromptReader, template_of
 from salver.server.rpc.scoring import score
 from salver.server.rpc.served import Front, RequestLimits, ServedModel, Task
+from salver.server.rpc.sources import Source, check_languages, room_beside, source_of
 from salver.server.rpc.submission import Submissions, next_request_id
 from salver.server.rpc.tools import (
     AnswerReader,
@@ -84,7 +86,7 @@ class _Generation:
     def add_prompt(self, response: Any, logprobs: list[Logprobs]) -> None:
         """What the first message says: the prompt, and the configuration in force."""
         response.configuration.CopyFrom(self.configuration)
-        ids = self.engine_request.prompt_token_ids
+        ids = self.engine_request.source_token_ids or self.engine_request.prompt_token_ids
         response.prompt_token_ids.extend(ids)
         if self.engine_request.prompt_top_k is not None:
             response.prompt_logprobs.extend(convert.prompt_logprobs(ids, logprobs, self.model.tokenizer))
@@ -93,7 +95,7 @@ class _Generation:
         """What the last message says."""
         response.usage.CopyFrom(
             common_pb2.Usage(
-                prompt_tokens=len(self.engine_request.prompt_token_ids),
+                prompt_tokens=self.engine_request.num_input_tokens,
                 completion_tokens=self.stream.completion_tokens,
                 cached_tokens=self.stream.cached_tokens,
                 resumed_tokens=self.stream.resumed_tokens,
@@ -208,13 +210,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             said = params.configuration.sampling
             sampling = await self._prompts.with_words(said, params.sampling, model)
             params = replace(params, sampling=sampling)
-            engine_request = _engine_request(params, token_ids, model, arrival=arrival, deadline=deadline)
+            source = None if model.source is None else source_of(request, token_ids, model)
+            engine_request = _engine_request(
+                params, token_ids, model, source, arrival=arrival, deadline=deadline
+            )
             grammar = await self._grammar(request, model, engine_request.outputs)
             engine_request = replace(engine_request, grammar=grammar)
             reader = None
             if hasattr(request, "messages") and wants_reading(request):
                 reader = AnswerReader(request, model, text, dict(params.resumed))
-            permit.add_tokens(len(token_ids))
+            permit.add_tokens(engine_request.num_input_tokens)
             permit.check_deadline((engine_request,))
             stream = GenerationStream(
                 Submissions(self._front.engine, self._metrics, permit),
@@ -277,6 +282,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 return "", await self._prompts.prompt(request.prompt, model)
 
         params = check_generation(request, model, violations)
+        check_languages(request, model, violations)
+        if model.source is not None and params.prompt_top_k is not None:
+            violations.add("logprobs.prompt_top_k", "a source is read and not predicted")
         if request.HasField("structured_output"):
             violations.found += check_structured_output(request)
         if request.HasField("structured_output") or must_call(request):
@@ -289,24 +297,39 @@ def _engine_request(
     params: GenerationParams,
     token_ids: tuple[int, ...],
     model: ServedModel,
+    source: Source | None,
     *,
     arrival: float,
     deadline: float,
 ) -> EngineRequest:
     """Raises ApiError when the tokens show that the request cannot be served."""
+    start: tuple[int, ...] = ()
+    if source is not None:
+        token_ids, start = source.token_ids, source.start
     if params.resumed_prompt is not None and params.resumed_prompt != token_ids:
         raise invalid_argument(
             [Violation("resume.prompt_token_ids", "are not the ids of this request's prompt")]
         )
-    max_tokens = room_for(params, len(token_ids), model.limits)
-    _check_fits(params, len(token_ids), max_tokens, model.limits)
+    limits = model.limits
+    if source is not None:
+        max_tokens = room_beside(params, source, model)
+    else:
+        if params.beams is not None:
+            limits = limits_of_beams(params.beams, len(token_ids), model)
+        max_tokens = room_for(params, len(token_ids), limits)
+    _check_fits(params, len(token_ids), max_tokens, limits)
     seed = params.seed if params.seed is not None else secrets.randbits(_MAX_SEED_BITS) or 1
     indices = tuple(range(params.n))
     return EngineRequest(
         request_id=next_request_id(),
-        prompt_token_ids=token_ids,
+        prompt_token_ids=start or token_ids,
+        source_token_ids=token_ids if start else (),
+        num_start_tokens=len(start),
         sampling=replace(params.sampling, seed=seed),
-        stopping=stopping_of(params, max_tokens, model.tokenizer.eos_token_ids),
+        stopping=replace(
+            stopping_of(params, max_tokens, model.tokenizer.eos_token_ids),
+            forced_eos_token_id=model.forced_eos_token_id,
+        ),
         sample_indices=indices,
         outputs=tuple(params.resumed.get(index, ()) for index in indices),
         output_top_k=params.output_top_k,
@@ -317,6 +340,7 @@ def _engine_request(
         arrival=arrival,
         cache_salt=params.cache_salt,
         adapter=model.adapter,
+        beams=params.beams,
     )
 
 

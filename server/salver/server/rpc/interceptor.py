@@ -122,7 +122,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         parse: Callable[[], Any],
         behavior: Callable[..., Awaitable[Any]],
     ) -> Any:
-        current = Call(method)
+        current = Call(method, peer=context.peer())
         enter_call(current)
         metadata = context.invocation_metadata() or ()
         ours = method.startswith(OUR_PREFIX)

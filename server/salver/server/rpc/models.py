@@ -79,6 +79,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 kv_cache_tokens=limits.cache_tokens,
                 max_samples=limits.max_samples,
                 max_top_logprobs=limits.max_top_logprobs,
+                max_beams=min(limits.max_beams, limits.max_num_seqs),
             ),
             drain_period=convert.duration(self._drain_period),
             numerics_id=model.ready.numerics_id,

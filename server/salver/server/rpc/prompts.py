@@ -37,6 +37,7 @@ class ScorePrompt:
 
     token_ids: tuple[int, ...]
     start: int
+    source_ids: tuple[int, ...] = ()  # of an encoder-decoder: the context
 
 
 class PromptReader:
@@ -99,7 +100,7 @@ class PromptReader:
             found: dict[tuple[int, ...], None] = {}
             for text in texts:
                 for spelled in (text, " " + text.lstrip(" ")):
-                    found[tuple(model.tokenizer.encode(spelled, add_special_tokens=False))] = None
+                    found[tuple(model.tokenizer.encode_output(spelled))] = None
             return tuple(ids for ids in found if ids)
 
         return await self.run(sum(map(len, texts)), work) if texts else ()
@@ -125,6 +126,8 @@ class PromptReader:
         """Ids of score inputs that were checked. Raises ApiError where a continuation has no tokens."""
         size = sum(len(item.context.text) + len(item.continuation.text) for item in inputs)
         work = functools.partial(_score_prompts, inputs, model.tokenizer)
+        if model.source is not None:
+            work = functools.partial(_score_sides, inputs, model.tokenizer)
         return await self.run(size, work)
 
 
@@ -173,6 +176,18 @@ def _score_prompts(inputs: Sequence[generation_pb2.ScoreInput], tokenizer: Token
     if violations:
         raise invalid_argument(violations)
     return prompts
+
+
+def _score_sides(inputs: Sequence[generation_pb2.ScoreInput], tokenizer: Tokenizer) -> list[ScorePrompt]:
+    """Of an encoder-decoder: context and continuation apart, each by the tokenizer of its side."""
+
+    def ids(prompt: common_pb2.Prompt, encode: Callable[[str], list[int]]) -> tuple[int, ...]:
+        return tuple(prompt.token_ids.ids or (encode(prompt.text) if prompt.text else ()))
+
+    return [
+        ScorePrompt(ids(item.continuation, tokenizer.encode_output), 0, ids(item.context, tokenizer.encode))
+        for item in inputs
+    ]
 
 
 def _score_prompt(item: generation_pb2.ScoreInput, tokenizer: Tokenizer) -> ScorePrompt:

@@ -27,6 +27,7 @@ from salver.server.metrics import Metrics
 from salver.server.rpc import convert
 from salver.server.rpc.prompts import PromptReader, ScorePrompt
 from salver.server.rpc.served import Front, ServedModel, Task
+from salver.server.rpc.sources import check_languages, score_prompt
 from salver.server.rpc.submission import Submissions, next_request_id
 from salver.server.rpc.validation import (
     Violations,
@@ -109,12 +110,15 @@ async def score(
     try:
         prompts = await reader.score(request.inputs, model)
         for position, prompt in enumerate(prompts):
-            check_score_length(len(prompt.token_ids), f"inputs[{position}]", model.limits)
-        permit.add_tokens(sum(len(prompt.token_ids) for prompt in prompts))
+            if model.source is None:
+                check_score_length(len(prompt.token_ids), f"inputs[{position}]", model.limits)
+            else:
+                prompts[position] = _with_source(prompt, f"inputs[{position}]", request, model)
         sinks += (
-            ScoreSink(_engine_request(prompt, top_k, priority, arrival, deadline, model.adapter))
+            ScoreSink(_engine_request(prompt, top_k, priority, arrival, deadline, model))
             for prompt in prompts
         )
+        permit.add_tokens(sum(sink.request.num_input_tokens for sink in sinks))
         # One token and nothing before it: there is nothing to compute.
         permit.check_deadline([sink.request for sink in sinks if len(sink.request.prompt_token_ids) > 1])
         for sink in sinks:
@@ -143,7 +147,7 @@ async def score(
         request_id=request.request_id,
         model=model.name,
         results=[_result(prompt, logprobs, model) for prompt, logprobs in zip(prompts, scored, strict=True)],
-        usage=common_pb2.Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts)),
+        usage=common_pb2.Usage(prompt_tokens=sum(sink.request.num_input_tokens for sink in sinks)),
         timings=convert.timings(timings, total),
         numerics_id=model.ready.numerics_id,
     )
@@ -165,16 +169,30 @@ def _checked(request: Any, model: ServedModel) -> tuple[int | None, int]:
             field = f"inputs[{position}]"
             check_prompt(item.context, f"{field}.context", limits.vocab_size, violations, may_be_empty=True)
             check_prompt(item.continuation, f"{field}.continuation", limits.vocab_size, violations)
+    check_languages(request, model, violations)
     violations.raise_any()
     return top_k, priority
 
 
+def _with_source(prompt: ScorePrompt, field: str, request: Any, model: ServedModel) -> ScorePrompt:
+    """The continuation behind what an output begins with. Raises ApiError."""
+    source, output = score_prompt(prompt.source_ids, prompt.token_ids, field, request, model)
+    return ScorePrompt(output, len(source.start), source.token_ids)
+
+
 def _engine_request(
-    prompt: ScorePrompt, top_k: int | None, priority: int, arrival: float, deadline: float, adapter: str
+    prompt: ScorePrompt,
+    top_k: int | None,
+    priority: int,
+    arrival: float,
+    deadline: float,
+    model: ServedModel,
 ) -> EngineRequest:
     return EngineRequest(
         request_id=next_request_id(),
         prompt_token_ids=prompt.token_ids,
+        source_token_ids=prompt.source_ids,
+        num_start_tokens=prompt.start if prompt.source_ids else 0,
         sampling=SamplingParams(temperature=0.0),
         stopping=StoppingParams(max_tokens=0),
         prompt_top_k=top_k or 0,
@@ -182,7 +200,7 @@ def _engine_request(
         priority=priority,
         deadline=deadline,
         arrival=arrival,
-        adapter=adapter,
+        adapter=model.adapter,
     )
 
 

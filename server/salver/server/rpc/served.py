@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,9 +17,11 @@ from salver.model.generation_config import GenerationConfig
 from salver.model.hyperparameters import Hyperparameter
 from salver.model.spec import ModelSpec
 from salver.model.tokenizer import Tokenizer
-from salver.server.engine.errors import EngineUnavailable
+from salver.server.engine.changes import AdapterFacts
+from salver.server.engine.errors import EngineError, EngineUnavailable
 from salver.server.engine.process import OutputSink
 from salver.server.engine.request import EngineRequest, Ready
+from salver.server.rpc.calls import Call, current_call
 from salver.server.rpc.configuration import Configuration, checkpoint_defaults
 from salver.server.rpc.errors import RETRY_DRAINING, draining, loading, task_not_supported
 
@@ -54,6 +57,8 @@ class RequestLimits:
     max_word_length: int = 256
     max_allowed_token_ids: int = 4096
     max_logprob_token_ids: int = 128
+    max_beams: int = 32
+    cache_name: str = "key-value cache"  # that cache_tokens are of
 
     @property
     def capacity(self) -> int:
@@ -78,6 +83,16 @@ class Task(enum.Enum):
     EXTRACT_ANSWER = "TASK_EXTRACT_ANSWER"
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """One version of a LoRA adapter; requests to the engine ask it by the key of its facts."""
+
+    name: str
+    version: int
+    directory: str
+    facts: AdapterFacts
+
+
 _TASKS_OF_HEADS = {
     "input": (Task.CLASSIFY,),
     "tokens": (Task.CLASSIFY_TOKENS,),
@@ -99,7 +114,8 @@ class ServedModel:
     limits: RequestLimits
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
     checkpoint: str = ""  # its directory
-    adapter: str = ""  # the LoRA adapter that requests of this name ask; empty: the model itself
+    adapters: tuple[LoadedAdapter, ...] = ()  # one of each name
+    adapter: str = ""  # the key of the LoRA adapter that requests of this name ask; empty: the model itself
     embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
     embedding_dimensions: int = 0
     spec: ModelSpec | EncoderSpec | None = None
@@ -109,6 +125,16 @@ class ServedModel:
     def encoder(self) -> EncoderSpec | None:
         """None of a decoder."""
         return self.spec if isinstance(self.spec, EncoderSpec) else None
+
+    @property
+    def source(self) -> EncoderSpec | None:
+        """The encoder of an encoder-decoder, which reads the source; None of all others."""
+        return self.spec.encoder if isinstance(self.spec, ModelSpec) else None
+
+    @property
+    def forced_eos_token_id(self) -> int | None:
+        """What the checkpoint ends an output with that reaches its limit."""
+        return self.spec.forced_eos_token_id if isinstance(self.spec, ModelSpec) else None
 
     @property
     def num_layers(self) -> int:
@@ -127,7 +153,8 @@ class ServedModel:
         """What this checkpoint can be asked; a ranker is a classifier of one label."""
         if self.encoder is None:
             chat = () if self.chat_template is None else (Task.CHAT,)
-            return (Task.GENERATE, *chat, Task.SCORE, Task.EMBED)
+            embed = (Task.EMBED,) if self.source is None else ()
+            return (Task.GENERATE, *chat, Task.SCORE, *embed)
         head = self.encoder.head
         if head is None:
             return (Task.EMBED,)
@@ -167,14 +194,17 @@ class ServedModel:
     def with_adapter(self) -> dict[str, ServedModel]:
         """The model under each of its adapters, by their names."""
         return {
-            name: replace(
+            adapter.name: replace(
                 self,
-                name=name,
-                adapter=name,
-                weights_digest=digest,
-                ready=replace(self.ready, numerics_id=f"{self.ready.numerics_id}+{digest[:16]}", adapters=()),
+                name=adapter.name,
+                adapters=(),
+                adapter=adapter.facts.key,
+                weights_digest=adapter.facts.digest,
+                ready=replace(
+                    self.ready, numerics_id=f"{self.ready.numerics_id}+{adapter.facts.digest[:16]}"
+                ),
             )
-            for name, digest in self.ready.adapters
+            for adapter in self.adapters
         }
 
 
@@ -194,16 +224,45 @@ class Front:
         self._model: ServedModel | None = None
         self._engine: Engine | None = None
         self._rejected = rejected
-        self._running: set[OutputSink] = set()
+        self._running: dict[OutputSink, Call | None] = {}
+        self._calls: set[Call] = set()  # of our services, that have not ended
+        self._left = asyncio.Event()  # when one ends
 
     @contextmanager
     def running(self, sink: OutputSink) -> Iterator[None]:
-        """While inside, `sink` is failed when the drain period is over."""
-        self._running.add(sink)
+        """While inside, `sink` is failed when the drain period is over, or its call is doomed."""
+        call = self._running[sink] = current_call()
+        if call is not None and call.doom is not None:
+            sink.fail(call.doom)
         try:
             yield
         finally:
-            self._running.discard(sink)
+            del self._running[sink]
+
+    def doom(self, calls: Collection[Call], error: EngineError) -> None:
+        """Ends these calls with `error`: what they have in the engine, and what they are about to give it."""
+        for call in calls:
+            call.doom = error
+            for request_id in call.engine_requests:
+                self.engine.abort(request_id)
+        for sink, call in list(self._running.items()):
+            if call in calls:
+                sink.fail(error)
+
+    def left(self, call: Call) -> None:
+        """It has ended."""
+        self._calls.discard(call)
+        left, self._left = self._left, asyncio.Event()
+        left.set()
+
+    def calls(self, adapter: str) -> list[Call]:
+        """Those that have not ended and ask the adapter of this key."""
+        return [call for call in self._calls if call.adapter == adapter]
+
+    async def wait_for_end(self, calls: Collection[Call]) -> None:
+        """Returns when all of these have ended."""
+        while not self._calls.isdisjoint(calls):
+            await self._left.wait()
 
     def end_running(self) -> None:
         """The drain period is over: what still runs ends with UNAVAILABLE."""
@@ -221,6 +280,12 @@ class Front:
         self.state = FrontState.DRAINING
 
     def gate(self) -> None:
+        """Lets the call that is being answered in. Raises ApiError (UNAVAILABLE) unless calls may come in."""
+        self.require_serving()
+        if (call := current_call()) is not None:
+            self._calls.add(call)
+
+    def require_serving(self) -> None:
         """Raises ApiError (UNAVAILABLE) unless calls may come in."""
         if self.state is FrontState.SERVING:
             return

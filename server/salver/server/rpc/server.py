@@ -16,8 +16,11 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from salver.server.admission import Admission
 from salver.server.config import ServerConfig
+from salver.server.engine.process import EngineState
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
+from salver.server.rpc.adapters import Adapters
+from salver.server.rpc.admin_server import AdminServer
 from salver.server.rpc.calls import Call
 from salver.server.rpc.encoding import EncodingService
 from salver.server.rpc.generation import GenerationService
@@ -36,6 +39,7 @@ from salver.server.rpc.tokenization import TokenizationService
 from salver.server.rpc.tracing import Tracing
 from salver.server.tenants import Tenants
 from salver.v1 import (
+    admin_pb2,
     encoding_pb2,
     encoding_pb2_grpc,
     generation_pb2,
@@ -69,8 +73,9 @@ class PortInUse(Exception):
     """The address cannot be listened on; the message names --port."""
 
 
-def all_methods() -> dict[str, tuple[bool, bool]]:
-    """Every method that the port answers: full name to (request streams, response streams)."""
+def all_methods(admin: bool = False) -> dict[str, tuple[bool, bool]]:
+    """Every method that the port answers, or one of its ports: full name to (request streams, response
+    streams)."""
 
     def of_file(file: object) -> Iterator[tuple[str, tuple[bool, bool]]]:
         for service in file.DESCRIPTOR.services_by_name.values():  # type: ignore[attr-defined]
@@ -78,11 +83,10 @@ def all_methods() -> dict[str, tuple[bool, bool]]:
                 name = f"/{service.full_name}/{method.name}"
                 yield name, (method.client_streaming, method.server_streaming)
 
-    methods = dict(
-        entry
-        for file in (generation_pb2, encoding_pb2, inspection_pb2, tokenization_pb2, model_pb2, health_pb2)
-        for entry in of_file(file)
-    )
+    files = (generation_pb2, encoding_pb2, inspection_pb2, tokenization_pb2, model_pb2, health_pb2)
+    methods = dict(entry for file in files for entry in of_file(file))
+    if admin:
+        methods |= of_file(admin_pb2)
     for name, streaming in of_file(reflection_pb2):
         methods[name] = methods[name.replace(V1ALPHA, V1)] = streaming
     return methods
@@ -106,7 +110,9 @@ class RpcServer:
         self._prompts = PromptReader()
         self._grammars = GrammarCompiler()
         self.health = HealthService(SERVICES)
-        self._credentials = server_credentials(config, metrics.reloaded)
+        self._credentials = server_credentials(
+            config.tls_cert, config.tls_key, config.tls_client_ca, reloaded=metrics.reloaded
+        )
         tenants = None if config.tokens is None else Tenants(config.tokens, metrics.reloaded)
         self._tracing: Tracing | None = None
         if config.otlp_endpoint is not None:
@@ -136,12 +142,18 @@ class RpcServer:
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         add_reflection(self._server, (*SERVICES, HEALTH))
+        most = len(config.adapter) if config.adapter_root is None else config.resolved_max_adapters
+        self.adapters = metrics.adapters.adapters = Adapters(front, most)
+        self.admin: AdminServer | None = None
+        if config.admin_port is not None:
+            self.admin = AdminServer(config, front, self.adapters, metrics)
         self._probes: grpc.aio.Server | None = None
         if config.health_port is not None:
             self._probes = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
             health_pb2_grpc.add_HealthServicer_to_server(self.health, self._probes)
 
     def _ended(self, call: Call, code: str, metadata: Any) -> None:
+        self._front.left(call)
         if call.method.startswith(f"/{HEALTH}/"):
             return  # probes: every few seconds the same
         if self._config.log_requests:
@@ -169,22 +181,52 @@ class RpcServer:
         await self._probes.start()
         return address
 
+    async def open_admin_port(self) -> str | None:
+        """Listens there too. The address; None when there is none. Raises PortInUse."""
+        if self.admin is None or self._config.admin_port is None:
+            return None
+        address = self._listen(
+            self.admin.server, "--admin-port", self._config.admin_port, self.admin.credentials,
+            ("--admin-host", self._config.admin_host),
+        )  # fmt: skip
+        await self.admin.server.start()
+        return address
+
     def _listen(
-        self, server: grpc.aio.Server, flag: str, port: int, credentials: grpc.ServerCredentials | None
+        self,
+        server: grpc.aio.Server,
+        flag: str,
+        port: int,
+        credentials: grpc.ServerCredentials | None,
+        at: tuple[str, str] | None = None,
     ) -> str:
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        """`at` is another flag for the address, and what it says."""
+        host_flag, bare = at or ("--host", self._config.host)
+        host = f"[{bare}]" if ":" in bare else bare
         address = f"{host}:{port}"
         try:
             if credentials is None:
                 return f"{host}:{server.add_insecure_port(address)}"
             return f"{host}:{server.add_secure_port(address, credentials)}"
         except RuntimeError as error:
-            raise PortInUse(_why_not(self._config.host, port, flag)) from error
+            raise PortInUse(_why_not(bare, port, flag, host_flag)) from error
+
+    def set_ready(self, ready: bool) -> None:
+        """As `HealthService.set_ready`, of every port."""
+        self.health.set_ready(ready)
+        if self.admin is not None:
+            self.admin.health.set_ready(ready)
+
+    def set_engine_state(self, state: EngineState) -> None:
+        """As `HealthService.set_engine_state`, of every port."""
+        self.health.set_engine_state(state)
+        if self.admin is not None:
+            self.admin.health.set_engine_state(state)
 
     async def drain(self) -> None:
         """Takes no new calls and waits until running ones have ended, or the drain period has."""
         self._front.drain()
-        self.health.set_ready(False)
+        self.set_ready(False)
         try:
             async with asyncio.timeout(self._config.drain_period):
                 await self._calls.wait_idle()
@@ -200,8 +242,9 @@ class RpcServer:
             pass
         # Watch streams never end by themselves.
         await self._server.stop(0 if self._calls.num_running else 0.05)
-        if self._probes is not None:
-            await self._probes.stop(0)
+        for other in (self._probes, self.admin and self.admin.server):
+            if other is not None:
+                await other.stop(0)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         self._prompts.close()
@@ -255,17 +298,17 @@ def _abuse_options(config: ServerConfig) -> Iterator[tuple[str, int]]:
         yield "grpc.max_allowed_incoming_connections", max(files - _OWN_FILES, files // 2)
 
 
-def _why_not(host: str, port: int, flag: str) -> str:
+def _why_not(host: str, port: int, flag: str, host_flag: str) -> str:
     """gRPC says only that it failed: the reason is in trying again."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        return f"--host {host}: cannot listen there: {error.strerror or error}"
+        return f"{host_flag} {host}: cannot listen there: {error.strerror or error}"
     try:
         with socket.socket(family, kind, protocol) as probe:
             probe.bind(address)
             probe.listen()
     except OSError as error:
-        named = f"{flag} {port}" if error.errno in (98, 48, 13) else f"--host {host}"
+        named = f"{flag} {port}" if error.errno in (98, 48, 13) else f"{host_flag} {host}"
         return f"{named}: cannot listen on {host}:{port}: {error.strerror}"
     return f"{flag} {port}: cannot listen on {host}:{port}"

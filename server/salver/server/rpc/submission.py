@@ -40,9 +40,10 @@ class Submissions:
         request = replace(
             request, tenant=tenant.name, weight=tenant.weight, cache_salt=tenant.salted(request.cache_salt)
         )
-        phases = RequestPhases(request.arrival, len(request.prompt_token_ids))
+        phases = RequestPhases(request.arrival, request.num_input_tokens)
         if self._call is not None:
             self._call.requests.append(phases)
+            self._call.engine_requests.append(request.request_id)
         observed = ObservedSink(request, sink, self._metrics, self._permit, tenant, phases)
         try:
             self._engine.submit(request, observed)
@@ -85,7 +86,7 @@ class ObservedSink:
         self._metrics = metrics
         self._permit = permit
         self._tenant = tenant
-        self._phases = phases or RequestPhases(request.arrival, len(request.prompt_token_ids))
+        self._phases = phases or RequestPhases(request.arrival, request.num_input_tokens)
         self._started = False
         self._seen_tokens = getattr(sink, "completion_tokens", 0)
         self._last_tokens: dict[int, float] = {}
@@ -95,10 +96,10 @@ class ObservedSink:
         if not self._started:
             self._started = True
             self._phases.started = self._phases.arrival + seconds
-            self._permit.started(len(self._request.prompt_token_ids), len(self._request.sample_indices))
-            self._metrics.prompt_started(len(self._request.prompt_token_ids))
+            self._permit.started(self._request.num_input_tokens, self._request.num_places)
+            self._metrics.prompt_started(self._request.num_input_tokens)
             self._permit.forecast.started(self._request.request_id)
-            self._tenant.allowance.take(len(self._request.prompt_token_ids))
+            self._tenant.allowance.take(self._request.num_input_tokens)
         self._sink.started(seconds)
 
     def put(self, output: SequenceOutput) -> None:
@@ -124,6 +125,8 @@ class ObservedSink:
             last, gaps = now, taken - 1
         else:
             gaps = taken
+        if self._request.beams is not None:
+            gaps = 0  # the answers of a search come whole: there was no gap to wait
         for _ in range(gaps):  # several tokens of one output share its gap
             self._metrics.next_token((now - last) / gaps)
         self._last_tokens[output.sample_index] = now

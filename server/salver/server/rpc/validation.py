@@ -13,7 +13,9 @@ from typing import Any
 
 import grpc
 
-from salver.server.engine.request import SamplingParams, StoppingParams
+from salver.server.engine.request import BeamParams, SamplingParams, StoppingParams
+from salver.server.rpc.beams import check_beams, settle_beams
+from salver.server.rpc.calls import current_call
 from salver.server.rpc.configuration import CHECKPOINT, Configuration, in_force
 from salver.server.rpc.errors import (
     NUMERICS_MISMATCH,
@@ -70,6 +72,7 @@ class GenerationParams:
     cache_salt: str
     resumed: dict[int, tuple[int, ...]]
     resumed_prompt: tuple[int, ...] | None
+    beams: BeamParams | None = None
 
 
 def model_named(name: str, model: ServedModel) -> ServedModel:
@@ -87,6 +90,8 @@ def model_named(name: str, model: ServedModel) -> ServedModel:
             f"model {shortened(name)!r} is not served here; {served} is",
             reason="MODEL_NOT_FOUND",
         )
+    if (call := current_call()) is not None:
+        call.adapter = found.adapter
     return found
 
 
@@ -146,6 +151,7 @@ def check_generation(request: Any, model: ServedModel, violations: Violations) -
         violations.add("cache_salt", f"must be at most {MAX_CACHE_SALT} characters")
     priority = check_priority(request, violations)
     configuration = in_force(request, model.defaults)
+    settle_beams(request, configuration, model.defaults)
     sampling, seed, n = _check_sampling(configuration.sampling, limits, violations)
     stopping = configuration.stopping
     max_tokens, min_tokens = _check_stopping(stopping, limits, violations)
@@ -193,6 +199,7 @@ def check_generation(request: Any, model: ServedModel, violations: Violations) -
         cache_salt=request.cache_salt,
         resumed=resumed,
         resumed_prompt=resumed_prompt,
+        beams=check_beams(request, configuration, limits, violations),
     )
 
 
@@ -400,7 +407,7 @@ def room(prompt_tokens: int, max_tokens: int | None, limits: RequestLimits) -> i
     """
     context, cache = limits.max_model_len, limits.cache_tokens
     capacity = limits.capacity
-    what, size = ("context", context) if context <= cache else ("key-value cache", cache)
+    what, size = ("context", context) if context <= cache else (limits.cache_name, cache)
     numbers = {"prompt_tokens": prompt_tokens, "max_model_len": context, "kv_cache_tokens": cache}
     if prompt_tokens >= capacity:
         raise out_of_range(

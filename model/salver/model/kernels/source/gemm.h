@@ -1,15 +1,16 @@
 // y = x W^T for a few rows or many, W packed once.
 //
 // A weight [N, K] is packed in panels of 32 columns of the product. Inside a panel the steps of K
-// follow one another, each holding for every column the 1 (float), 2 (bf16) or 4 (int8) values that
-// one instruction multiplies. A gated pair of matrices is packed with 16 columns of the gate and the
-// same 16 of the other in one panel, so that both meet in registers.
+// follow one another, each holding for every column the 1 (float), 2 (bf16), 4 (int8) or 8 (int4) values
+// of one load. A gated pair of matrices is packed with 16 columns of the gate and the same 16 of the
+// other in one panel, so that both meet in registers.
 //
 // One accumulator per element of the product walks K from front to back, whatever the number of
 // rows: a row's result has the same bits alone and among any others.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "adapters.h"
 #include "simd.h"
@@ -20,13 +21,13 @@ constexpr int PANEL = 32;
 constexpr int AHEAD = 2048;  // bytes of a panel that few rows ask for before their time
 constexpr int MAX_ROWS = 12;  // 12 x 2 accumulators, 2 of W, 1 of x: 27 of 32 registers
 
-// What is multiplied how. An instruction (`multiply`) takes STEP / PARTS values of K of each column; where a
-// load holds more, `weights` gives them part by part.
+// What is multiplied how. A load holds STEP values of K of each column, in HELD values of the type Weight. An
+// instruction (`multiply`) takes STEP / PARTS of them; `weights` gives them part by part.
 struct Float {
     using Input = float;
     using Weight = float;
     using Acc = __m512;
-    static constexpr int STEP = 1, PARTS = 1;
+    static constexpr int STEP = 1, HELD = 1, PARTS = 1;
     static Acc zero() { return _mm512_setzero_ps(); }
     static __m512i weights(const Weight* from, int) { return _mm512_loadu_si512(from); }
     static Acc multiply(Acc acc, const Input* x, __m512i w) {
@@ -40,7 +41,7 @@ struct Widened {
     using Input = float;
     using Weight = bf16;
     using Acc = __m512;
-    static constexpr int STEP = 2, PARTS = 2;
+    static constexpr int STEP = 2, HELD = 2, PARTS = 2;
     static Acc zero() { return _mm512_setzero_ps(); }
     static __m512i weights(const Weight* from, int part) {
         const __m512i pairs = _mm512_loadu_si512(from);
@@ -54,7 +55,7 @@ struct Half {
     using Input = bf16;
     using Weight = bf16;
     using Acc = __m512;
-    static constexpr int STEP = 2, PARTS = 1;
+    static constexpr int STEP = 2, HELD = 2, PARTS = 1;
     static Acc zero() { return _mm512_setzero_ps(); }
     static __m512i weights(const Weight* from, int) { return _mm512_loadu_si512(from); }
     static Acc multiply(Acc acc, const Input* x, __m512i w) {
@@ -71,13 +72,37 @@ struct Int8 {
     using Input = std::int8_t;
     using Weight = std::uint8_t;
     using Acc = __m512i;
-    static constexpr int STEP = 4, PARTS = 1;
+    static constexpr int STEP = 4, HELD = 4, PARTS = 1;
     static Acc zero() { return _mm512_setzero_si512(); }
     static __m512i weights(const Weight* from, int) { return _mm512_loadu_si512(from); }
     static Acc multiply(Acc acc, const Input* x, __m512i w) {
         std::int32_t four;
         std::memcpy(&four, x, sizeof four);
         return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+    }
+};
+
+// Blocks of 32 weights of a column: each is scale * q + least, with q of 4 bits, and scale and least of 16 (Q4_1
+// of ggml). A byte holds q of k in its low half and of k + 4 in its high half. In a panel the 512 bytes of a
+// block are followed by the 32 scales and the 32 least values.
+struct Int4 {
+    using Input = std::int8_t;
+    using Weight = std::uint8_t;
+    using Acc = __m512i;
+    static constexpr int STEP = 8, HELD = 4, PARTS = 2;
+    static constexpr int BLOCK = 32, VALUES = PANEL * BLOCK / 2, BYTES = VALUES + 4 * PANEL;
+    static Acc zero() { return Int8::zero(); }
+    static __m512i weights(const Weight* from, int part) {
+        const __m512i both = _mm512_loadu_si512(from);
+        return _mm512_and_si512(part == 0 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(0x0f));
+    }
+    static Acc multiply(Acc acc, const Input* x, __m512i w) { return Int8::multiply(acc, x, w); }
+    static __m512 scale(const Weight* block, int half) { return floats(block + VALUES + half * 2 * LANES); }
+    static __m512 least(const Weight* block, int half) { return scale(block + 2 * PANEL, half); }
+
+private:
+    static __m512 floats(const Weight* from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
 };
 
@@ -137,8 +162,9 @@ struct Epilogue {
 struct Gemm {
     const void* input;
     std::ptrdiff_t input_stride;  // elements
-    int group;                    // int8 alone: values of a row that share a scale; the last may be fewer
-    const float* group_scale;     // int8 alone: [groups, scale_stride], a column for each row of the input
+    int group;                    // of an int8 input: values of a row that share a scale; the last may be fewer
+    const float* group_scale;     // of an int8 input: [groups, scale_stride], a column for each of its rows
+    const float* group_sum;       // int4 alone, likewise: the sum of a group, scaled
     const float* row_offset;      // int8 alone: of each row, -128 times its sum
     std::ptrdiff_t scale_stride;
     const void* weight;
@@ -168,10 +194,10 @@ inline __attribute__((always_inline)) void multiply_step(typename T::Acc (&acc)[
 #pragma GCC unroll 2
         for (int part = 0; part < T::PARTS; part++) {
             const __m512i first = T::weights(w + p * size, part);
-            const __m512i second = T::weights(w + p * size + LANES * T::STEP, part);
+            const __m512i second = T::weights(w + p * size + LANES * T::HELD, part);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) {
-                const typename T::Input* at = x + r * stride + part;
+                const typename T::Input* at = x + r * stride + part * (T::STEP / T::PARTS);
                 acc[p][r][0] = T::multiply(acc[p][r][0], at, first);
                 acc[p][r][1] = T::multiply(acc[p][r][1], at, second);
             }
@@ -202,7 +228,7 @@ void multiply_tile(const Gemm& g, int row, int panel) {
     const auto* x = static_cast<const typename T::Input*>(g.input) + row * g.input_stride;
     const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(PANEL) * g.depth;
     const auto* w = static_cast<const typename T::Weight*>(g.weight) + panel * size;
-    for (int k = 0; k < g.depth; k += T::STEP, w += PANEL * T::STEP)
+    for (int k = 0; k < g.depth; k += T::STEP, w += PANEL * T::HELD)
         multiply_step<T, ROWS, PANELS>(acc, x + k, g.input_stride, w, size);
     keep_in_registers<T, ROWS, PANELS>(acc);
 #pragma GCC unroll 4
@@ -249,6 +275,44 @@ void multiply_groups(const Gemm& g, int row, int panel) {
     }
 }
 
+// The same with int4, whose blocks are the groups of the input.
+template <int ROWS, int PANELS>
+void multiply_blocks(const Gemm& g, int row, int panel) {
+    alignas(64) __m512 sum[PANELS][ROWS][2];
+    for (int p = 0; p < PANELS; p++)
+        for (int r = 0; r < ROWS; r++) sum[p][r][0] = sum[p][r][1] = _mm512_setzero_ps();
+    const std::int8_t* x = static_cast<const std::int8_t*>(g.input) + row * g.input_stride;
+    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(Int4::BYTES) * (g.depth / Int4::BLOCK);
+    const std::uint8_t* w = static_cast<const std::uint8_t*>(g.weight) + panel * size;
+    const float *scale = g.group_scale + row, *of_row = g.group_sum + row;
+    for (int begin = 0; begin < g.depth; begin += Int4::BLOCK, w += Int4::BYTES) {
+        __m512i acc[PANELS][ROWS][2];
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++) acc[p][r][0] = acc[p][r][1] = Int4::zero();
+        for (int k = 0; k < Int4::BLOCK; k += Int4::STEP)
+            multiply_step<Int4, ROWS, PANELS>(acc, x + begin + k, g.input_stride, w + k / Int4::STEP * PANEL * Int4::HELD, size);
+        keep_in_registers<Int4, ROWS, PANELS>(acc);
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                const __m512 of_column = Int4::scale(w + p * size, half), least = Int4::least(w + p * size, half);
+#pragma GCC unroll 12
+                for (int r = 0; r < ROWS; r++) {
+                    const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[p][r][half]), of_column);
+                    const __m512 more = _mm512_fmadd_ps(least, _mm512_set1_ps(of_row[r]), sum[p][r][half]);
+                    sum[p][r][half] = _mm512_fmadd_ps(product, _mm512_set1_ps(scale[r]), more);
+                }
+            }
+        scale += g.scale_stride;
+        of_row += g.scale_stride;
+    }
+    for (int p = 0; p < PANELS; p++)
+        for (int r = 0; r < ROWS; r++) g.epilogue.apply(row + r, panel + p, sum[p][r][0], sum[p][r][1]);
+}
+
 // How many panels at once: up to 24 accumulators, but for a row alone, which is bound by memory.
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1; }
 
@@ -261,9 +325,12 @@ void multiply_rows(const Gemm& g, int rows, int row, int begin, int end) {
         }
         constexpr int PANELS = panels_at_once(ROWS);
         int panel = begin;
-        if constexpr (T::STEP == 4) {
+        if constexpr (std::is_same_v<T, Int8>) {
             for (; panel + PANELS <= end; panel += PANELS) multiply_groups<ROWS, PANELS>(g, row, panel);
             for (; panel < end; panel++) multiply_groups<ROWS, 1>(g, row, panel);
+        } else if constexpr (std::is_same_v<T, Int4>) {
+            for (; panel + PANELS <= end; panel += PANELS) multiply_blocks<ROWS, PANELS>(g, row, panel);
+            for (; panel < end; panel++) multiply_blocks<ROWS, 1>(g, row, panel);
         } else {
             for (; panel + PANELS <= end; panel += PANELS) multiply_tile<T, ROWS, PANELS>(g, row, panel);
             for (; panel < end; panel++) multiply_tile<T, ROWS, 1>(g, row, panel);

@@ -12,13 +12,14 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "int4.h"
 #include "simd.h"
 
 using namespace salver;
 
 namespace {
 
-enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2 };
+enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum Kind : std::int32_t {
     EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7,
     SHRINK = 8
@@ -34,6 +35,7 @@ struct Buffer {
     float* row_offset;         // int8 alone: -128 times the sum
     std::int64_t scale_stride;
     std::int32_t group;        // int8 alone: values that share a scale, a multiple of 16
+    float* group_sum;          // for int4 weights, or null: as group_scale, the sum of each group
 };
 
 struct Weight {
@@ -131,7 +133,7 @@ constexpr int NOT_FINITE = 0x01 | 0x08 | 0x10 | 0x80;  // of VFPCLASS: quiet NaN
 // Quantization", does so with their states): an outlier spoils its own group alone, and rows don't know one another.
 void put_groups(const Buffer& to, int row, const float* values) {
     std::int8_t* out = static_cast<std::int8_t*>(to.data) + row * to.stride;
-    float* scale = to.group_scale + row;
+    float *scale = to.group_scale + row, *of_group = to.group_sum == nullptr ? nullptr : to.group_sum + row;
     float offset = 0;
     for (int begin = 0; begin < to.width; begin += to.group, scale += to.scale_stride) {
         const int end = std::min(to.width, begin + to.group);
@@ -153,7 +155,12 @@ void put_groups(const Buffer& to, int row, const float* values) {
         }
         // What is not numbers stays that: the scale carries it.
         *scale = broken ? std::numeric_limits<float>::quiet_NaN() : highest / 127.0f;
-        offset = std::fma(static_cast<float>(-128 * _mm512_reduce_add_epi32(sum)), *scale, offset);
+        const int total = _mm512_reduce_add_epi32(sum);
+        offset = std::fma(static_cast<float>(-128 * total), *scale, offset);
+        if (of_group != nullptr) {
+            *of_group = static_cast<float>(total) * *scale;
+            of_group += to.scale_stride;
+        }
     }
     to.row_offset[row] = offset;
 }
@@ -255,6 +262,7 @@ Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
     g.input = in.data;
     g.input_stride = in.stride;
     g.group_scale = in.group_scale;
+    g.group_sum = in.group_sum;
     g.row_offset = in.row_offset;
     g.scale_stride = in.scale_stride;
     g.group = in.group;
@@ -273,6 +281,7 @@ using Multiply = void (*)(const Gemm&, int, int);
 Multiply multiply_of(const Weight& w, const Buffer& in) {
     if (w.precision == FLOAT) return multiply<Float>;
     if (w.precision == INT8) return multiply<Int8>;
+    if (w.precision == INT4) return multiply<Int4>;
     return in.precision == FLOAT ? multiply<Widened> : multiply<Half>;
 }
 
@@ -445,6 +454,24 @@ void pack_row(const PackWork& p, int panel, int column, Convert convert) {
     for (int k = 0; k < p.depth; k++) to[packed_index<T>(column, k)] = convert(k);
 }
 
+template <typename Value>
+void pack_blocks(const PackWork& p, int panel, int column, Value value) {
+    const int blocks = p.depth / Int4::BLOCK;
+    std::uint8_t* to = static_cast<std::uint8_t*>(p.to) + static_cast<std::ptrdiff_t>(panel) * Int4::BYTES * blocks;
+    for (int block = 0; block < blocks; block++, to += Int4::BYTES) {
+        float w[Int4::BLOCK];
+        for (int i = 0; i < Int4::BLOCK; i++) w[i] = value(block * Int4::BLOCK + i);
+        const Block packed = quantized(w);
+        for (int i = 0; i < Int4::BLOCK; i += Int4::STEP)
+            for (int byte = 0; byte < Int4::HELD; byte++)
+                to[(i / Int4::STEP * PANEL + column) * Int4::HELD + byte] =
+                    static_cast<std::uint8_t>(packed.values[i + byte] | packed.values[i + Int4::HELD + byte] << 4);
+        const std::uint16_t halves[] = {_cvtss_sh(packed.scale, 0), _cvtss_sh(packed.least, 0)};
+        for (int which = 0; which < 2; which++)
+            std::memcpy(to + Int4::VALUES + 2 * (which * PANEL + column), halves + which, sizeof halves[0]);
+    }
+}
+
 void pack_column(const PackWork& p, int panel, int column) {
     const int row = weight_row(panel, column, p.rows, p.gated != 0);
     const std::ptrdiff_t start = static_cast<std::ptrdiff_t>(row) * p.depth;
@@ -461,6 +488,8 @@ void pack_column(const PackWork& p, int panel, int column) {
         } else {
             pack_row<Half>(p, panel, column, [&](int k) { return to_bf16(value(k)); });
         }
+    } else if (p.precision == INT4) {
+        pack_blocks(p, panel, column, value);
     } else {
         float highest = 0;
         for (int k = 0; k < p.depth; k++) highest = std::max(highest, std::fabs(value(k)));

@@ -1,0 +1,74 @@
+"""The encoder's part of a step: sources that begin are read, and rows are told where theirs are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from salver.model.attention import AttentionBatch, into_slots, over_sources
+from salver.model.cache import KVCache
+from salver.model.encoder import build_encoder_batch
+from salver.model.transformer import SourceDecoder
+from salver.server.engine.scheduler import Scheduled
+
+
+class SourceReader:
+    """Owns the encoder of an encoder-decoder, and writes into the decoder's cache."""
+
+    def __init__(
+        self,
+        model: SourceDecoder,
+        cache: KVCache,
+        *,
+        row_multiple: int,
+        on_progress: Callable[[], None] | None = None,
+    ) -> None:
+        assert model.spec.encoder is not None
+        self._model = model
+        self._spec = model.spec.encoder
+        self._cache = cache
+        self._row_multiple = row_multiple
+        self._on_progress = on_progress
+
+    def read(self, items: Sequence[Scheduled]) -> None:
+        """Reads the sources that these parts begin with."""
+        # Equal lengths side by side are one call of attention.
+        new = sorted((item for item in items if item.reads_source), key=lambda item: item.num_source_tokens)
+        if new:
+            sequences = [item.sequence for item in new]
+            self._encode(
+                [sequence.request.source_token_ids for sequence in sequences],
+                [sequence.cross_table for sequence in sequences],
+            )
+
+    def attach(self, batch: AttentionBatch, items: Sequence[Scheduled]) -> None:
+        """Tells the rows of a step where their sources are."""
+        sequences = [item.sequence for item in items]
+        lengths = [sequence.num_source_tokens for sequence in sequences]
+        batch.source = over_sources(batch, [sequence.cross_table for sequence in sequences], lengths)
+
+    def _encode(self, sources: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]) -> None:
+        lengths, device = list(map(len, sources)), self._model.device
+        inputs = [list(source) for source in sources]
+        batch = build_encoder_batch(
+            self._spec, inputs, [()] * len(inputs), row_multiple=self._row_multiple, device=device
+        )
+        slots = into_slots(tables, lengths, batch.token_ids.numel(), self._cache.block_size, device)
+        self._model.encode(batch, self._cache, slots, self._on_progress)
+
+    # ---- for measurements, all in the null block ----
+
+    def attach_nothing(self, batch: AttentionBatch) -> None:
+        """Every sequence has a source of one token."""
+        count = len(batch.seq_lens)
+        batch.source = over_sources(batch, [[0]] * count, [1] * count)
+
+    def measure(self, num_tokens: int) -> float:
+        """Seconds in which a source this long is read."""
+        begin = time.perf_counter()
+        self._encode([[0] * num_tokens], [[0] * -(-num_tokens // self._cache.block_size)])
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        return time.perf_counter() - begin
