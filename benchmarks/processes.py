@@ -254,17 +254,12 @@ class InProcess:
 
     def run(self, requests: Sequence[BenchRequest]) -> tuple[list[Trace], float]:
         """The traces of the requests and the wall time in seconds. Raises BenchError."""
-        assert self._process.stdin is not None
         question = {
             "prompts": [list(request.prompt) for request in requests],
             "max_tokens": [request.max_tokens for request in requests],
             "at": [request.at for request in requests],
         }
-        try:
-            print(json.dumps(question), file=self._process.stdin, flush=True)
-        except OSError as error:
-            raise BenchError(f"{self._what} is gone: {error}") from error
-        answer = self._answer()
+        answer = self.ask(question)
         self.peak_rss = max(self.peak_rss, answer["peak_rss"])
         if "error" in answer:
             raise BenchError(answer["error"])
@@ -273,6 +268,15 @@ class InProcess:
             for trace in answer["traces"]
         ]
         return traces, answer["wall"]
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """One line in, one out. Raises BenchError."""
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        except OSError as error:
+            raise BenchError(f"{self._what} is gone: {error}") from error
+        return self._answer()
 
 
 class Baseline(InProcess):

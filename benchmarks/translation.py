@@ -3,7 +3,7 @@
     python -m benchmarks.translation [--shape marian t5] [--batch 1 32] [--repeats 3]
 
 Each in a process of its own, the same sources, exactly as many tokens out, float32 unless it says
-int8. Salver is stepped in process, as the others are called. CTranslate2 is used where it is in
+otherwise. Salver is stepped in process, as the others are called. CTranslate2 is used where it is in
 .peers/ctranslate2 (`pip install --no-deps --target .peers/ctranslate2 ctranslate2`), else left out,
 and said so.
 """
@@ -71,15 +71,25 @@ def sources_of(shape: str, count: int) -> list[list[int]]:
     return [[draw.randrange(10, size - 10) for _ in range(SOURCE_TOKENS)] for _ in range(count)]
 
 
-def salver(checkpoint: Path, batch: int) -> Translate:
+def salver(checkpoint: Path, batch: int, dtype: str = "float32", quantization: str = "none") -> Translate:
+    from salver.model.kernels.build import KernelUnavailable, find_or_build
+    from salver.server.catalog import default_cache_dir
     from salver.server.engine.config import EngineConfig
     from salver.server.engine.encoder_startup import start_any_engine
     from salver.server.engine.request import EngineRequest, SamplingParams, StoppingParams
     from salver.server.engine.status_page import StatusPage
 
+    try:
+        library = str(find_or_build(default_cache_dir()))
+    except KernelUnavailable as error:
+        if quantization != "none":
+            raise SystemExit(f"salver {quantization}: {error}") from error
+        print(f"salver by torch: {error}", file=sys.stderr)
+        library = ""
     config = EngineConfig(
-        str(checkpoint), device="cpu", kernels="torch", threads=THREADS, enable_prefix_caching=False
-    )
+        str(checkpoint), device="cpu", dtype=dtype, quantization=quantization, kernels="auto",
+        kernel_library=library, threads=THREADS, enable_prefix_caching=False,
+    )  # fmt: skip
     core, _ = start_any_engine(config, StatusPage.create(), [], time.perf_counter())
     (start,) = _output_start(checkpoint)
     numbers = iter(range(1, 1 << 30))
@@ -179,6 +189,8 @@ def ctranslate2_of(checkpoint: Path, batch: int, compute: str = "float32") -> Tr
 
 ENGINES: dict[str, Callable[[Path, int], Translate]] = {
     "salver": salver,
+    "salver-bf16": lambda checkpoint, batch: salver(checkpoint, batch, "bfloat16"),
+    "salver-int8": lambda checkpoint, batch: salver(checkpoint, batch, "float32", "int8"),
     "transformers": transformers_of,
     "ctranslate2": ctranslate2_of,
     "ctranslate2-int8": lambda checkpoint, batch: ctranslate2_of(checkpoint, batch, "int8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -101,28 +102,33 @@ def test_a_replacement_under_load(site: Site) -> None:
     assert len({str(tokens) for tokens in (base, *truth.values())}) == 3
     first = site.admin.load_adapter("polite", "seed1")
     assert (first.adapter.rank, first.replaced_version, first.unchanged) == (4, None, False)
-    done = False
+    done = threading.Event()
     with ThreadPoolExecutor(3) as pool, site.long_stream("polite") as stream:
 
         def ask_the_base() -> int:
             count = 0
-            while not done:
+            while not (count and done.is_set()):
                 assert site.tokens(PROMPTS[count % 3]) == base[count % 3]
                 count += 1
             return count
 
         load = [pool.submit(ask_the_base) for _ in range(3)]
-        assert [site.tokens(prompt, "polite") for prompt in PROMPTS] == truth[1]
-        second = site.admin.load_adapter("polite", "seed2")
-        assert second.replaced_version == first.adapter.version
-        found = {a.version: a for a in site.admin.list_adapters()}
-        assert found[first.adapter.version].retired and found[first.adapter.version].num_running == 1
-        assert [site.tokens(prompt, "polite") for prompt in PROMPTS] == truth[2]
-        tokens = go_on(stream, 50)
-        site.admin.load_adapter("same", "seed1")
-        assert site.tokens(PROMPTS[0], "same", len(tokens)) == tokens, "as a stream that nothing disturbed"
-        done = True
-        assert all(future.result() > 0 for future in load)
+        try:
+            assert [site.tokens(prompt, "polite") for prompt in PROMPTS] == truth[1]
+            second = site.admin.load_adapter("polite", "seed2")
+            assert second.replaced_version == first.adapter.version
+            found = {a.version: a for a in site.admin.list_adapters()}
+            old = found[first.adapter.version]
+            assert old.retired and old.num_running == 1
+            assert [site.tokens(prompt, "polite") for prompt in PROMPTS] == truth[2]
+            tokens = go_on(stream, 50)
+            site.admin.load_adapter("same", "seed1")
+            assert site.tokens(PROMPTS[0], "same", len(tokens)) == tokens, (
+                "as a stream that nothing disturbed"
+            )
+        finally:
+            done.set()
+        assert all(future.result() for future in load)
     wait_until("the old version is freed", lambda: not any(a.retired for a in site.admin.list_adapters()))
     assert {model.name for model in site.client.list_models()} == {site.server.name, "polite", "same"}
     site.admin.unload_adapter("same")

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import missing
+from support import calls
 from support.serving import Server
 
 from salver.client import AsyncClient, Client, FailedPrecondition
 from salver.server import catalog
+from salver.v1 import encoding_pb2, encoding_pb2_grpc, explanation_pb2
 
 TEXTS = [
     "The central bank raised interest rates for the third time this year.",
@@ -26,6 +29,34 @@ TEXTS = [
     "x",
     "naïve café 漢字 👍 " * 30,
 ]
+
+# Fifty news of a paragraph each, and how alike people find any two of them (Lee, Pincombe and Welsh 2005).
+NEWS = catalog.CatalogEntry(
+    name="lee",
+    description="news and ratings",
+    package="gensim",
+    version="4.4.0",
+    member="gensim/test/test_data/lee.cor",
+    sha256="a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
+    size=24658,
+    license="LGPL-2.1",
+    others=(
+        catalog.CatalogFile(
+            "gensim/test/test_data/similarities0-1.txt",
+            "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
+            8738,
+        ),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def news(cache_dir: Path) -> Path:
+    try:
+        return catalog.fetch(NEWS.name, cache_dir, catalog={NEWS.name: NEWS})
+    except catalog.CatalogError as error:
+        missing(f"the news cannot be had: {error}")
+        raise
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +105,65 @@ def test_minilm_equals_its_model_card(minilm: Server, minilm_checkpoint: Path) -
             assert max(others)[1] == i ^ 1
         with pytest.raises(FailedPrecondition, match="it has EMBED"):
             client.generate("hi")
+
+
+class Store:
+    """Vectors by their names, as a vector store keeps them: the nearest by cosine."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.vectors = np.empty((0, 0), dtype=np.float32)
+
+    def add(self, names: list[str], vectors: Any) -> None:
+        added = np.asarray(vectors, dtype=np.float32)
+        self.vectors = np.concatenate((self.vectors.reshape(-1, added.shape[1]), added))
+        self.names += names
+
+    def nearest(self, vector: Any, count: int) -> list[tuple[str, float]]:
+        """Names and cosines, the nearest first."""
+        query = np.asarray(vector, dtype=np.float32)
+        cosines = self.vectors @ query / np.linalg.norm(self.vectors, axis=1) / np.linalg.norm(query)
+        return [(self.names[i], float(cosines[i])) for i in np.argsort(-cosines)[:count]]
+
+
+def test_news_have_the_neighbours_that_they_should(
+    minilm: Server, minilm_checkpoint: Path, news: Path
+) -> None:
+    """A store filled through the service, in batches, is asked: the answers of the reference's vectors, and
+    near those of people."""
+    texts = (news / "lee.cor").read_text(encoding="latin-1").splitlines()
+    names = [f"news {i}" for i in range(len(texts))]
+    ours, theirs = Store(), Store()
+    with Client(minilm.address) as client:
+        for i in range(0, len(texts), 16):
+            found = client.embed(texts[i : i + 16], truncate=True)
+            ours.add(names[i : i + 16], [embedding.values for embedding in found])
+        wanted = [vector.numpy() for vector in reference(minilm_checkpoint, texts)]
+        theirs.add(names, wanted)
+        for name, text, vector in zip(names, texts, wanted, strict=True):
+            query = client.embed(text, truncate=True)[0].values
+            near, expected = ours.nearest(query, 6), theirs.nearest(vector, 6)
+            assert near[0] == (name, pytest.approx(1, abs=1e-5))
+            for (one, cosine), (other, same) in zip(near, expected, strict=True):
+                assert cosine == pytest.approx(same, abs=1e-4)
+                assert one == other or abs(dict(expected).get(one, same) - same) < 1e-4
+    people = np.loadtxt(news / "similarities0-1.txt")
+    pairs = np.triu_indices(len(texts), 1)
+    assert np.corrcoef(people[pairs], (ours.vectors @ ours.vectors.T)[pairs])[0, 1] > 0.6
+
+
+def test_where_the_time_of_an_encoding_went(minilm: Server) -> None:
+    """Its causes sum to its wall time, and its bill to what the steps took."""
+    stub = encoding_pb2_grpc.EncodingServiceStub(minilm.channel)
+    inputs = [calls.prompt_of(text) for text in TEXTS]
+    before = minilm.metric("salver_step_duration_seconds_sum")
+    reply = stub.Embed(
+        encoding_pb2.EmbedRequest(inputs=inputs, truncate=True, explain=True), timeout=calls.TIMEOUT
+    )
+    after = minilm.metric("salver_step_duration_seconds_sum")
+    assert calls.explained(reply)[explanation_pb2.LATENCY_CAUSE_PREFILL] > 0
+    assert reply.explanation.device_time.ToNanoseconds() / 1e9 == pytest.approx(after - before, abs=1e-6)
+    assert not stub.Embed(encoding_pb2.EmbedRequest(inputs=inputs[:1])).HasField("explanation")
 
 
 def test_a_crowd_changes_no_bit_where_that_is_promised(minilm: Server) -> None:

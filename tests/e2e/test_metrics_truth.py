@@ -11,7 +11,7 @@ import pytest
 from support import calls
 from support.serving import Server, total, wait_until
 
-from salver.v1 import common_pb2
+from salver.v1 import common_pb2, explanation_pb2, generation_pb2
 
 REASONS = {
     common_pb2.FINISH_REASON_STOP: "stop",
@@ -70,6 +70,39 @@ def test_tokens_requests_and_finish_reasons(own: Server) -> None:
     for method, count in (("Generate", 12), ("StreamGenerate", 1)):
         assert delta("grpc_server_started_total", grpc_method=method) == count
         assert delta("grpc_server_handled_total", grpc_method=method, grpc_code="OK") == count
+
+
+def test_the_bills_sum_to_the_workers_time(own: Server) -> None:
+    """Of a crowd that generates and scores and is explained: together what the steps took."""
+    before = own.metrics()
+    made = [
+        calls.generate_request(
+            f"number {i} " * (i + 1), max_tokens=4 + i, n=1 + i % 2, temperature=1.0, seed=i,
+            ignore_eos=True, explain=True,
+        )
+        for i in range(10)
+    ]  # fmt: skip
+    inputs = [
+        generation_pb2.ScoreInput(context=calls.prompt_of("once"), continuation=calls.prompt_of(" more" * i))
+        for i in range(1, 4)
+    ]
+    score = generation_pb2.ScoreRequest(inputs=inputs, explain=True)
+    scored = own.generation.Score.future(score, timeout=calls.TIMEOUT)
+    stream = own.stream("a stream", max_tokens=9, ignore_eos=True, explain=True)
+    replies = [*own.together(made), scored.result()]
+    *others, last = stream
+    assert not any(message.HasField("explanation") for message in others)
+    own.wait_idle()
+    after = own.metrics()
+    bill = 0
+    for reply in (*replies, last):
+        causes = calls.explained(reply)
+        assert causes[explanation_pb2.LATENCY_CAUSE_PREFILL] > 0
+        assert (explanation_pb2.LATENCY_CAUSE_DECODE in causes) == (reply is not replies[-1])
+        bill += reply.explanation.device_time.ToNanoseconds()
+    for name in ("salver_step_duration_seconds_sum", "salver_device_seconds_total"):
+        assert bill / 1e9 == pytest.approx(total(after, name) - total(before, name), abs=1e-6), name
+    assert not own.generate("nobody asked", max_tokens=1).HasField("explanation")
 
 
 def test_cached_tokens(own: Server) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import subprocess
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.prometheus import prometheus, scraping
 from support.serving import Server, total, wait_until
 
 EXPECTED = (
@@ -53,53 +48,13 @@ def test_prometheus_scrapes_the_server(tiny: Server, tool: str, tmp_path: Path) 
         tiny.tokens(f"prompt {i}", max_tokens=4, ignore_eos=True)
     tiny.wait_idle()
     truth = tiny.metric("salver_generation_tokens_total")
-    target = urllib.parse.urlsplit(tiny.metrics_url)
-    config = {
-        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
-        "scrape_configs": [
-            {
-                "job_name": "salver",
-                "metrics_path": target.path,
-                "static_configs": [{"targets": [target.netloc]}],
-            }
-        ],
-    }
-    (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with (tmp_path / "log").open("wb") as log:
-        prometheus = subprocess.Popen(
-            [
-                tool,
-                f"--config.file={tmp_path}/prometheus.yml",
-                f"--storage.tsdb.path={tmp_path}/tsdb",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-
-        def query(expression: str) -> list[Any]:
-            assert prometheus.poll() is None, (tmp_path / "log").read_text()
-            url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
-            try:
-                with urllib.request.urlopen(url, timeout=5) as reply:
-                    result: list[Any] = json.load(reply)["data"]["result"]
-                    return result
-            except (urllib.error.URLError, ConnectionError):  # not up yet
-                return []
-
-        wait_until("a successful scrape", lambda: [r for r in query("up") if r["value"][1] == "1"], 60)
-        (series,) = wait_until("our counter", lambda: query("salver_generation_tokens_total"))
+    with prometheus(tool, tmp_path, scraping(tiny)) as running:
+        running.wait_scraped()
+        (series,) = wait_until("our counter", lambda: running.query("salver_generation_tokens_total"))
         assert float(series["value"][1]) == truth
         for name in EXPECTED:
-            assert query(f"salver_{name}"), f"Prometheus has no salver_{name}"
-        quantile = query("histogram_quantile(0.5, sum by (le) (salver_time_to_first_token_seconds_bucket))")
+            assert running.query(f"salver_{name}"), f"Prometheus has no salver_{name}"
+        quantile = running.query(
+            "histogram_quantile(0.5, sum by (le) (salver_time_to_first_token_seconds_bucket))"
+        )
         assert 0 < float(quantile[0]["value"][1]) < 60
-    finally:
-        prometheus.terminate()
-        prometheus.wait(20)

@@ -179,6 +179,8 @@ def test_the_phases_are_printed(server: Server) -> None:
     phases = {phase.name for phase in server.server_info().startup_phases}
     assert phases
     assert all(any(name in line for line in server.lines) for name in phases)
+    for phase in phases:  # and Prometheus sees them
+        assert server.metric("salver_startup_phase_seconds", phase=phase) >= 0
 
 
 def free_port() -> int:

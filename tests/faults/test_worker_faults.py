@@ -12,9 +12,10 @@ import grpc
 import pytest
 from faults.test_worker import NOT_SERVING, SERVING, Watch
 from support import calls
+from support.calls import explained
 from support.serving import Server
 
-from salver.v1 import generation_pb2
+from salver.v1 import explanation_pb2, generation_pb2
 
 SERVER = (sys.executable, str(Path(__file__).with_name("faulty_server.py")))
 LENGTH = 300
@@ -65,12 +66,13 @@ class Neighbours:
     """Streams under way, each with its first tokens read."""
 
     def __init__(self, server: Server) -> None:
-        self.streams = [server.stream(ignore_eos=True, **of) for of in NEIGHBOURS]
+        self.streams = [server.stream(ignore_eos=True, explain=True, **of) for of in NEIGHBOURS]
         self.messages = [[next(stream)] for stream in self.streams]
 
     def answers(self) -> list[Any]:
         with ThreadPoolExecutor(len(self.streams)) as pool:
             rest = list(pool.map(list, self.streams))
+        self.lasts = [more[-1] for more in rest]
         return [answer_of(first + more) for first, more in zip(self.messages, rest, strict=True)]
 
 
@@ -117,6 +119,8 @@ def test_a_request_that_ends_its_worker_twice_ends_and_nobody_else(
     assert failure.code is grpc.StatusCode.INTERNAL
     assert "Traceback" not in failure.message
     assert neighbours.answers() == expected
+    for last in neighbours.lasts:  # where their time went, the two restarts too
+        assert explained(last)[explanation_pb2.LATENCY_CAUSE_WORKER_RESTART] > 0
     assert served.server_info().worker_restarts == restarts + 2
     assert served.process.poll() is None
     if fault == "die":

@@ -38,13 +38,14 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def oracle(checkpoint: Path, token_ids: Any) -> Any:
+def oracle(checkpoint: Path, token_ids: Any, segments: list[int] | None = None) -> Any:
     """[layers, heads, n, n]"""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        found = model.eval()(torch.tensor([token_ids]), output_attentions=True).attentions
+        kinds = {} if segments is None else {"token_type_ids": torch.tensor([segments])}
+        found = model.eval()(torch.tensor([token_ids]), **kinds, output_attentions=True).attentions
     return torch.cat(found).numpy()
 
 
@@ -140,6 +141,27 @@ def test_words(kind: str, tmp_path: Path) -> None:
     run(server, test)
 
 
+def test_a_pair_is_read_as_one(tmp_path: Path) -> None:
+    server = make("BertModel", tmp_path)
+    other = "the student read"
+
+    async def test(client: AsyncClient) -> None:
+        found = await client.get_attention(TEXT, pair=other)
+        encoded = server.tokenizer.encode_input(TEXT, other)
+        assert ids_of(found) == list(encoded.token_ids) and 1 in encoded.segments
+        wanted = oracle(tmp_path, ids_of(found), list(encoded.segments))
+        raw = matrices(found).reshape(wanted.shape)
+        np.testing.assert_allclose(raw, wanted, atol=1e-4)
+        assert abs(raw - oracle(tmp_path, ids_of(found))).max() > 1e-3  # the segments count
+        words = (await client.get_attention(TEXT, pair=other, merge_words=True)).units
+        texts = [other[unit.start : unit.end] for unit in words if unit.text == 1]
+        assert [text for text in texts if text] == other.split()
+        with pytest.raises(InvalidArgument, match="pair: needs a text beside it"):
+            await client.get_attention([5, 6], pair=other)
+
+    run(server, test)
+
+
 @pytest.mark.parametrize("kind", ["llama", "BertModel"])
 def test_neighbours_are_left_alone(kind: str, tmp_path: Path) -> None:
     """Among embeddings (and a stream of tokens) everybody gets what they get alone."""
@@ -176,11 +198,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
         for match, options in cases:
             with pytest.raises(InvalidArgument, match=match):
                 await client.get_attention("the", **options)
+        with pytest.raises(InvalidArgument, match="pair: 'tiny' is a decoder, which reads one text"):
+            await client.get_attention("the", pair="the")
         with pytest.raises(InvalidArgument, match="merge_words: needs a text"):
             await client.get_attention([5, 6], merge_words=True)
         with pytest.raises(OutOfRange, match=r"500 tokens in 2 layers and 4 heads .* at most 175"):
             await client.get_attention([5] * 500)
         assert len((await client.get_attention([5] * 480, layers=[0], heads=[1], top_k=1)).units) == 480
+
+    run(server, test)
+
+
+def test_a_long_prompt_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    server = EncodingServer(write(tmp_path, "BertModel", max_position_embeddings=4096))
+
+    async def test(client: AsyncClient) -> None:
+        for options, problem in (
+            ({}, "4000 tokens in 3 layers and 4 heads is 768000000 bytes, .* at most 572 tokens fit"),
+            ({"layers": [0], "heads": [3], "top_k": 1}, "4000 tokens in 1 layers .* at most 1982 tokens fit"),
+        ):
+            with pytest.raises(OutOfRange, match=problem):
+                await client.get_attention([5] * 4000, **options)  # type: ignore[arg-type]
+        assert server.engine.inline.core.steps == 0
+        assert len((await client.get_attention([5] * 300, layers=[2], heads=[0], top_k=1)).units) == 300
 
     run(server, test)
 
@@ -224,5 +264,23 @@ def test_the_commands_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert [line.split()[:2] for line in table[1:]] == [
             ["model", "266"], ["temperature", "266"], ["top_k", "5"],
         ]  # fmt: skip
+
+    run(server, test)
+
+
+def test_the_command_draws_an_encoders_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = make("BertModel", tmp_path / "checkpoint")
+    other = "the student read"
+
+    async def test(client: AsyncClient) -> None:
+        found = await client.get_attention(TEXT, pair=other, view="head_mean", merge_words=True)
+        texts = (TEXT, other)
+        query = next(i for i, u in enumerate(found.units) if texts[u.text][u.start : u.end] == "read")
+        command = ["attention", TEXT, "--pair", other, "--word", "read", "--address", server.address]
+        assert await asyncio.to_thread(main, command) == 0
+        lines = capsys.readouterr().out.splitlines()[1:]
+        for line, unit, weight in zip(lines, found.units, found.matrices[-1].weights[query], strict=True):
+            label = texts[unit.text][unit.start : unit.end] or unit.token.decode()
+            assert line.split()[0] == label and f"{weight:.3f}" in line
 
     run(server, test)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import decoders, exactness
 from support.exactness import Answer
+from support.parity import oracle
 from support.stack import random_prompts
 
 from salver.model.kernels import build
@@ -30,7 +31,7 @@ from salver.server.engine.request import (
 )
 from salver.server.engine.runner import ModelRunner
 
-FAMILIES = ("Llama plain", "GPT2 plain", "Gemma2 plain", "Bloom six", "Phi3 longrope", "Qwen2Moe mixed")
+FAMILIES = ("Llama plain", "GPTNeo plain", "Falcon grouped", "Bloom six", "Phi3 longrope", "Qwen2Moe mixed")
 TOKENS = 14
 ENDS = frozenset({3, 11, 23, 31, 47, 53, 61, 71, 83, 89})  # of 97: searches end in many ways
 SEARCHES = tuple(
@@ -92,7 +93,7 @@ def answers_of(runner: ModelRunner, requests: Sequence[EngineRequest], **limits:
 def of_transformers(reference: Any, prompt: Sequence[int], beams: BeamParams, **more: Any) -> list[Any]:
     """[(tokens, score)], best first."""
     ids = torch.tensor([list(prompt)])
-    ends = sorted(more.pop("ends", ENDS))
+    ends = sorted(more.pop("ends", ENDS)) or None
     made = reference.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
         num_beams=beams.num_beams, num_return_sequences=beams.num_beams, eos_token_id=ends, pad_token_id=0,
@@ -103,7 +104,7 @@ def of_transformers(reference: Any, prompt: Sequence[int], beams: BeamParams, **
     for row, score in zip(
         made.sequences[:, len(prompt) :].tolist(), made.sequences_scores.tolist(), strict=True
     ):
-        end = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+        end = next((at + 1 for at, token in enumerate(row) if token in (ends or ())), len(row))
         found.append((row[:end], score))
     return found
 
@@ -140,39 +141,36 @@ def test_transformers_beams_and_scores(name: str, tmp_path: Path) -> None:
     assert [answers.best() for answers in together] == alone
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"min_new_tokens": 6},
-        {"repetition_penalty": 1.3},
-        {"no_repeat_ngram_size": 2},
-        {"bad_words_ids": [[5], [6, 7], [8]]},
-        {"ends": ()},
-        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 1, "min_new_tokens": 3},
-    ],
-    ids=str,
-)
-def test_processors_change_scores_as_in_transformers(more: dict[str, Any], tiny_gpt2: Path) -> None:
-    from support.parity import oracle
+PROCESSORS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
+    "no ends": lambda found: {"ends": ()},
+    "min_new_tokens": lambda found: {"ends": {found[2], found[5]}, "min_new_tokens": 6},
+    "repetition_penalty": lambda found: {"repetition_penalty": 1.3},
+    "no_repeat_ngram_size": lambda found: {"no_repeat_ngram_size": 1},
+    "bad_words_ids": lambda found: {"bad_words_ids": [[found[3]], found[0:2], [8]]},
+    "several": lambda found: {
+        "ends": {found[2]}, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_new_tokens": 4,
+    },
+}  # fmt: skip
 
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processors_change_scores_as_in_transformers(name: str, tiny_gpt2: Path) -> None:
     reference, runner = oracle(tiny_gpt2), exactness.runner_of(tiny_gpt2, "float32", None)
+    (prompt,) = random_prompts(97, [12], seed=5)
+    beams = BeamParams(4, early_stopping="never")
+    (plain,) = answers_of(runner, [asked(0, prompt, beams)])
+    more = PROCESSORS[name](plain.tokens[0])  # of tokens that would be chosen
     sampling = SamplingParams(
         temperature=0.0,
         repetition_penalty=more.get("repetition_penalty", 1.0),
         no_repeat_ngram_size=more.get("no_repeat_ngram_size", 0),
         bad_words=tuple(map(tuple, more.get("bad_words_ids", ()))),
     )
-    ends = frozenset(more.get("ends", ENDS))
-    stopping = StoppingParams(TOKENS, more.get("min_new_tokens", 0), ends)
-    plain = []
-    for number, prompt in enumerate(random_prompts(97, [8, 21], seed=5)):
-        beams = BeamParams(4, early_stopping="never")
-        (answers,) = answers_of(runner, [asked(number, prompt, beams, sampling=sampling, stopping=stopping)])
-        (without,) = answers_of(runner, [asked(number, prompt, beams)])
-        expected = of_transformers(reference, prompt, beams, **more)
-        assert same(answers.best(), expected), f"{answers.best()} is not {expected}"
-        plain.append(answers.best() == without.best())
-    assert not all(plain), "the processor shows nothing here"
+    stopping = StoppingParams(TOKENS, more.get("min_new_tokens", 0), frozenset(more.get("ends", ENDS)))
+    (answers,) = answers_of(runner, [asked(1, prompt, beams, sampling=sampling, stopping=stopping)])
+    expected = of_transformers(reference, prompt, beams, **more)
+    assert same(answers.best(), expected), f"{answers.best()} is not {expected}"
+    assert name == "no ends" or answers.best() != plain.best(), "the processor shows nothing here"
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +211,7 @@ def crowds(count: int) -> Iterator[_Crowd]:
                         sample_indices=(0, 1), outputs=((), ()),
                     )
                 )  # fmt: skip
-        blocks = 1 + 5 * 5 + draw.choice((0, 4, 40))
+        blocks = 14 + draw.choice((0, 0, 2, 40))  # the first hold one search of five beams
         limits = {
             "num_blocks": blocks, "max_num_seqs": draw.choice((5, 7, 12)),
             "max_num_batched_tokens": draw.choice((12, 17, 200)), "enable_prefix_caching": True,
@@ -225,13 +223,13 @@ def crowds(count: int) -> Iterator[_Crowd]:
 def test_the_same_bits_in_a_crowd(mode: str, library: Library, tiny_llama: Path) -> None:
     runner = exactness.runner_of(tiny_llama, mode, library)
     preempted = 0
-    for crowd in crowds(12):
+    for crowd in crowds(5):
         alone = [answers_of(runner, [request])[0] for request in crowd.requests]
         together = answers_of(runner, crowd.requests, **crowd.limits)
         for request, one, other in zip(crowd.requests, alone, together, strict=True):
             assert (one.best(), one.logprobs, one.prompt) == (other.best(), other.logprobs, other.prompt)
             preempted += request.beams is not None and other.preemptions > 0
-    assert preempted >= 3
+    assert preempted
 
 
 def test_log_probabilities_are_those_of_the_raw_logits(tiny_gpt2: Path) -> None:

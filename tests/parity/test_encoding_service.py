@@ -226,6 +226,27 @@ def test_classify_single_pair_and_multi_label(tmp_path: Path) -> None:
     run(EncodingServer(checkpoint), multi)
 
 
+def test_pairs_that_the_tokenizer_does_not_part_are_refused(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    name = "BertForSequenceClassification"
+    checkpoint = write(tmp_path, name)
+    backend = reference_tokenizer(checkpoint).backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    backend.save(str(checkpoint / "tokenizer.json"))
+
+    async def test(client: AsyncClient) -> None:
+        with pytest.raises(InvalidArgument, match=r"inputs\[1\]\.pair: 'tiny' reads single texts"):
+            await client.classify(["x", ("the", "book")])
+        with pytest.raises(InvalidArgument, match="pair: 'tiny' reads single texts"):
+            await client.get_attention("the", pair="book")
+        assert len((await client.classify("the book"))[0].labels) == 3
+
+    run(EncodingServer(checkpoint), test)
+
+
 def test_rerank(tmp_path: Path) -> None:
     name = "BertForSequenceClassification"
     checkpoint = write(tmp_path, name, num_labels=1)

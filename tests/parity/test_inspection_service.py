@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from support.checkpoints import write_tiny_llama
 from support.encoding_service import EncodingServer
 from support.inspection_service import DecoderServer
 
-from salver.client import AsyncClient, InvalidArgument, OutOfRange
+from salver.client import AsyncClient, InvalidArgument, Message, OutOfRange, Role
+from salver.model.chat_template import ChatTemplate
 from salver.model.sampling import STEPS, sample
 from salver.model.sampling.distribution import GREEDY, MODEL
 from salver.model.sampling.sampler import process, weights
+from salver.server.engine.grammar import Grammars, load_vocabulary
 from salver.server.engine.request import EngineRequest
 from salver.server.engine.runner import sampling_rows
 from salver.server.engine.sequence import Sequence
@@ -132,6 +136,48 @@ def test_draws_have_the_frequencies_of_the_last_step(llama: Path) -> None:
             expected.append(total - sum(expected))
         assert len(often) >= 3
         assert stats.chisquare(observed, expected).pvalue > 1e-3
+
+    run(server, test)
+
+
+def test_a_grammar_and_a_conversation(llama: Path) -> None:
+    """What the grammar takes away, and what it leaves to the draws; the prompt that a template writes."""
+    server = DecoderServer(llama)
+    server.runner.grammars = Grammars(lambda: load_vocabulary(llama))
+    template = ChatTemplate(
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    )
+    server.model = replace(server.model, chat_template=template, checkpoint=str(llama))
+    ids = functools.partial(server.tokenizer.encode, add_special_tokens=False)
+    options: Any = {"num_candidates": server.model.limits.vocab_size, "temperature": 1.0}
+
+    async def test(client: AsyncClient) -> None:
+        model, grammar, _ = await client.get_distribution(PROMPT, regex="(other|than) .*", **options)
+        assert grammar.step == "grammar"
+        kept = {c.token_id: c.token for c in grammar.candidates}
+        assert kept and all(b"other ".startswith(t[:6]) or b"than ".startswith(t[:5]) for t in kept.values())
+        gone = sum(c.probability for c in model.candidates if c.token_id not in kept)
+        assert 0 < grammar.removed_mass == pytest.approx(gone) and grammar.num_tokens == len(kept)
+        drawn = await client.generate(PROMPT, regex="(other|than) .*", temperature=1.0, n=8, max_tokens=1)
+        assert {c.token_ids[0] for c in drawn.completions} <= set(kept)
+        # Output so far moves the grammar on.
+        after: Any = {"regex": "(other|than) .*", "output_token_ids": ids("than")}
+        later = (await client.get_distribution(PROMPT, **after, **options))[1]
+        assert {c.token for c in later.candidates} == {b" "} or all(
+            c.token.startswith(b" ") for c in later.candidates
+        )
+        with pytest.raises(InvalidArgument, match="output_token_ids: do not follow structured_output"):
+            await client.get_distribution(PROMPT, regex="other", output_token_ids=ids("than"))
+        with pytest.raises(InvalidArgument, match=r"structured_output\.regex"):
+            await client.get_distribution(PROMPT, regex="(")
+        talk = [Message.user("the book"), Message.assistant("a"), Message.user("in")]
+        for wanted, said in (("<the book><a><in>!", None), ("<the book><a><in>", False)):
+            found = await client.get_distribution(talk, **options, add_generation_prompt=said)  # type: ignore[arg-type]
+            assert found == await client.get_distribution(ids(wanted), **options)
+        with pytest.raises(InvalidArgument, match="add_generation_prompt: needs messages"):
+            await client.get_distribution("the", add_generation_prompt=True)
+        with pytest.raises(InvalidArgument, match=r"messages\[0\]\.tool_call_id: is a tool's"):
+            await client.get_distribution([Message(Role.USER, "x", tool_call_id="1")])
 
     run(server, test)
 

@@ -69,14 +69,19 @@ def test_plain_weights_are_predicted(tiny_llama: Path) -> None:
     assert_predicted(tiny_llama, start(tiny_llama, "", dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("kernel", ["native", "torch"])
+@pytest.mark.parametrize("way", ["torch", "products alone", "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     "name", ["BertForMaskedLM", "AlbertForSequenceClassification", "ModernBertForTokenClassification"]
 )
-def test_an_encoders_weights_are_predicted(name: str, kernel: str, tmp_path: Path, library: str) -> None:
-    checkpoint = write_encoder(tmp_path, name)
-    ready = start(checkpoint, library if kernel == "native" else "")
-    assert ready.kernels == kernel
+def test_an_encoders_weights_are_predicted(name: str, way: str, tmp_path: Path, library: str) -> None:
+    """Heads of 12 are none that the kernel knows: it computes the products alone."""
+    heads = {} if way in ("torch", "products alone") else {"num_attention_heads": 3}
+    checkpoint = write_encoder(tmp_path, name, **heads)
+    dtype, quantization = {"bfloat16": ("bfloat16", "none"), "int8": ("float32", "int8")}.get(
+        way, ("float32", "none")
+    )
+    ready = start(checkpoint, library if way != "torch" else "", dtype=dtype, quantization=quantization)
+    assert ready.kernels == ("torch" if way == "torch" else "native")
     assert_predicted(checkpoint, ready)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -11,12 +12,27 @@ import pytest
 import torch
 from support import exactness
 from support.seq2seq import VARIANTS, VOCAB, write
-from support.stack import Stack, random_prompts
+from support.stack import CPU, Stack, random_prompts
 
 from salver.model import loader
+from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
 from salver.model.families import FAMILIES
+from salver.model.kernels import build
+from salver.model.kernels.build import KernelUnavailable
+from salver.model.kernels.library import BLOCK_SIZE, Library, Precision
+from salver.model.kernels.seq2seq import NativeSeq2Seq
+from salver.model.loader import load_model
 from salver.model.spec import BucketPositions, ModelSpec, SinusoidalPositions
+from salver.server.engine.inline import InlineEngine
+from salver.server.engine.request import (
+    BeamParams,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    SequenceOutput,
+    StoppingParams,
+)
 
 TOLERANCE = 1e-3
 
@@ -151,6 +167,99 @@ def test_the_same_tokens_in_any_mix(tmp_path: Path) -> None:
         assert not found, f"mix {seed}, {MIXED[seed % len(MIXED)]}"
     for way in ("chunks", "cached", "preempted", "resumed", "samples", "sampled"):
         assert ways.counts[way] >= 3, str(ways)
+
+
+class Best(exactness.Answer):
+    """The same sink, and the scores of a beam search."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: list[float | None] = []
+
+    def put(self, output: SequenceOutput) -> None:
+        super().put(output)
+        if output.finish_reason is not None:
+            self.scores.append(output.score)
+
+
+@pytest.mark.parametrize("bos", [None, 7])
+def test_beams_with_forced_tokens(bos: int | None, tmp_path: Path) -> None:
+    """transformers' beams and scores, four beams over one source."""
+    reference = write(tmp_path, VARIANTS["Marian paper"])
+    runner = exactness.runner_of(tmp_path, "float32", None)
+    (source,), ends = texts([20]), [2, 11, 23, 31, 47, 53]
+    ids = torch.tensor([source])
+    start = (3,) if bos is None else (3, bos)
+    found_ends = set()
+    for penalty, early in ((1.0, False), (2.0, "never"), (0.5, True), (-1.0, False)):
+        made = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8 + len(start), num_beams=4,
+            num_return_sequences=4, eos_token_id=ends, forced_eos_token_id=2, forced_bos_token_id=bos,
+            length_penalty=penalty, early_stopping=early, output_scores=True, return_dict_in_generate=True,
+            do_sample=False,
+        )  # fmt: skip
+        request = EngineRequest(
+            1, start, SamplingParams(temperature=0.0),
+            StoppingParams(9, stop_token_ids=frozenset(ends), forced_eos_token_id=2),
+            sample_indices=(0, 1, 2, 3), outputs=((),) * 4, beams=BeamParams(4, penalty, early),
+            source_token_ids=tuple(source), num_start_tokens=len(start),
+        )  # fmt: skip
+        limits = replace(exactness.ROOMY, max_source_len=len(source))
+        engine = InlineEngine(runner, limits, clock=itertools.count().__next__)
+        best = Best()
+        engine.submit(request, best)
+        engine.run()
+        assert engine.core.pool.num_used == 0
+        found_ends |= set(best.finished.values())
+        for index, (row, score) in enumerate(
+            zip(made.sequences[:, len(start) :].tolist(), made.sequences_scores.tolist(), strict=True)
+        ):
+            end = next(place for place, token in enumerate(row) if token in ends)
+            assert best.tokens[index] == row[: end + 1]
+            assert best.scores[index] == pytest.approx(score, abs=1e-4)
+    assert FinishReason.LENGTH in found_ends
+
+
+# What the native kernel takes: heads of 16 values.
+NATIVE = {
+    "Marian paper": {"d_model": 64, "decoder_attention_heads": 4},
+    "Bart scaled": {"d_model": 64, "decoder_attention_heads": 4, "encoder_layers": 3},
+    "Marian own": {"d_model": 64, "decoder_attention_heads": 4},
+    "T5 plain": {"d_kv": 16},
+    "UMT5 plain": {"d_kv": 16, "d_ff": 64},  # torch's GELU rounds what is behind the last 32 values otherwise
+}
+
+
+@pytest.fixture(scope="module")
+def library(cache_dir: Path) -> Library:
+    try:
+        return Library(build.find_or_build(cache_dir))
+    except KernelUnavailable as error:
+        pytest.skip(f"no native kernel here: {error}")
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_native_kernel(name: str, tmp_path: Path, library: Library) -> None:
+    """The same logits, in float32 and about so in bfloat16; the same bits in any mix."""
+    variant = VARIANTS[name]
+    reference = write(tmp_path, replace(variant, config={**variant.config, **NATIVE[name]}))
+    vocab_size = reference.config.decoder_vocab_size if "own" in name else VOCAB
+    for precision, tolerance in ((Precision.FLOAT32, TOLERANCE), (Precision.BFLOAT16, 0.15)):
+        dtype = torch.float32 if precision is Precision.FLOAT32 else torch.bfloat16
+        model = load_model(tmp_path, device=CPU, dtype=dtype)
+        cache = KVCache(model.spec, 200, BLOCK_SIZE, dtype=dtype, device=CPU)
+        stack = Stack.of(NativeSeq2Seq(model, cache, library, precision=precision, threads=1), cache)
+        for length, count in ((3, 40), (41, 9)):
+            (source,), (output,) = texts([length]), texts([count], vocab_size, seed=1)
+            expected = logits(reference, source, output)
+            for chunk in (None, 4, 1):
+                error = (ours(stack, source, output, chunk) - expected).abs()
+                assert float(error.max() if dtype == torch.float32 else error.mean()) < tolerance
+    ways = exactness.Ways()
+    for mode in exactness.NATIVE_MODES:
+        runner = exactness.runner_of(tmp_path, mode, library)
+        for seed in range(3):
+            assert not list(exactness.run_mix(runner, seed, ways, bits=True)), f"mix {seed}, {mode}"
 
 
 def test_every_family_is_here() -> None:

@@ -61,6 +61,14 @@ def tokens_of(reply: Any) -> list[list[int]]:
     return [list(c.token_ids) for c in sorted(reply.completions, key=lambda c: c.index)]
 
 
+def explained(reply: Any) -> dict[int, float]:
+    """Seconds by cause of a reply with an explanation, which must sum to its wall time."""
+    parts = {part.cause: part.duration.ToNanoseconds() for part in reply.explanation.parts}
+    assert len(parts) == len(reply.explanation.parts)
+    assert sum(parts.values()) == reply.timings.total.ToNanoseconds() > 0
+    return {cause: nanoseconds / 1e9 for cause, nanoseconds in parts.items()}
+
+
 class Collected:
     """A stream put together, with its offsets checked on the way."""
 

@@ -24,6 +24,7 @@ from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
 from salver.model.kernels.library import Library, Precision
 from salver.model.kernels.program import NativeTransformer
+from salver.model.kernels.seq2seq import NativeSeq2Seq
 from salver.model.loader import load_model
 from salver.model.numerics import row_multiple
 from salver.server.engine.core import EngineLimits
@@ -55,8 +56,10 @@ def runner_of(checkpoint: Path, mode: str, library: Library | None) -> ModelRunn
         model.pad_experts(multiple)
         sources = SourceReader(model, cache, row_multiple=multiple) if model.encoder is not None else None
         return ModelRunner(model, cache, block_size=BLOCK_SIZE, row_multiple=multiple, sources=sources)
-    native = NativeTransformer(model, cache, library, precision=Precision[mode.upper()], threads=2)
-    return ModelRunner(native, cache, block_size=BLOCK_SIZE, row_multiple=1)
+    kind = NativeTransformer if model.encoder is None else NativeSeq2Seq
+    native = kind(model, cache, library, precision=Precision[mode.upper()], threads=2)
+    sources = SourceReader(native, cache, row_multiple=1) if isinstance(native, NativeSeq2Seq) else None
+    return ModelRunner(native, cache, block_size=BLOCK_SIZE, row_multiple=1, sources=sources)
 
 
 @dataclass

@@ -21,7 +21,16 @@ from salver.model.chat_template import ChatTemplate
 from salver.model.tokenizer import Tokenizer
 from salver.server.admission import Admission
 from salver.server.config import ServerConfig
-from salver.server.engine.changes import AdapterFacts, Change, Changed, DropAdapter, LoadAdapter
+from salver.server.engine.changes import (
+    AdapterFacts,
+    ApplyWeights,
+    Change,
+    Changed,
+    DropAdapter,
+    DropWeights,
+    LoadAdapter,
+    StageWeights,
+)
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.errors import ChangeRefused, EngineUnavailable
 from salver.server.engine.process import EngineState, OutputSink
@@ -89,9 +98,12 @@ class FakeEngine:
         self.may_load = asyncio.Event()  # loads end when it is set
         self.may_load.set()
         self.refusal: ChangeRefused | None = None
+        self.staged: StageWeights | None = None
 
     async def change(self, change: Change) -> Changed:
         """Reads nothing: an adapter's digest is the text of `digest` in its directory."""
+        if isinstance(change, StageWeights | ApplyWeights):
+            return await self._change_weights(change)
         assert isinstance(change, LoadAdapter)
         source = change.source
         self.adapters.add(source.key)
@@ -105,7 +117,24 @@ class FakeEngine:
         digest = (Path(source.directory) / "digest").read_text(encoding="utf-8")
         return Changed(change.ticket, adapter=AdapterFacts(source.key, digest, rank=4, num_bytes=1000))
 
+    async def _change_weights(self, change: StageWeights | ApplyWeights) -> Changed:
+        if isinstance(change, StageWeights):
+            self.staged = change
+            if self.refusal is not None:
+                raise self.refusal
+            return Changed(change.ticket)
+        assert self.staged is not None and change.staged == self.staged.ticket
+        await self.may_load.wait()
+        if self.unavailable is not None:
+            raise self.unavailable
+        digest, self.staged = self.staged.digest, None
+        return Changed(change.ticket, pause=0.5, numerics_id=f"bits-{digest[:8]}")
+
     def tell(self, change: Change) -> None:
+        if isinstance(change, DropWeights):
+            if self.staged is not None and self.staged.ticket == change.staged:
+                self.staged = None
+            return
         assert isinstance(change, DropAdapter)
         assert change.key not in {key for key, _ in self.requests_of_adapters()}
         self.adapters.discard(change.key)
@@ -218,6 +247,7 @@ class Service:
             model = replace(model, checkpoint=str(self.checkpoint))
         self.front.serve(model, self.engine)
         self.rpc.adapters.serve(self.engine)
+        self.rpc.weights.serve(self.engine)
         self.rpc.set_engine_state(EngineState.SERVING)
         self.rpc.set_ready(True)
 

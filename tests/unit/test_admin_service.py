@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.certificates import Authority
 from support.fake_service import (
     Code,
     Service,
@@ -24,6 +25,7 @@ from support.fake_service import (
     until,
 )
 
+from salver.client import AsyncAdminClient, ConnectionOptions, Unavailable
 from salver.server.config import ServerConfig, parse_config
 from salver.server.engine.changes import AdapterFacts, Refusal
 from salver.server.engine.errors import ChangeRefused
@@ -326,6 +328,33 @@ def test_who_may_call_and_where(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert told == [("anybody", "", "UNAUTHENTICATED")] * 2 + [("trainer", "a", "OK")]
     assert lines[2]["version"] == 1 and lines[2]["peer"] and lines[2]["method"].endswith("/LoadAdapter")
     assert "salver_" not in json.dumps(lines), "no token"
+
+
+def test_the_admin_port_has_certificates_of_its_own(tmp_path: Path) -> None:
+    theirs, ours = Authority(tmp_path / "theirs"), Authority(tmp_path / "ours")
+    cert, key = ours.issue("server")
+
+    async def test() -> None:
+        flags = {"admin_tls_cert": cert, "admin_tls_key": key, "admin_tls_client_ca": ours.ca}
+        async with service(admin_port=0, **flags) as served:
+            call = served.admin.ListAdapters(admin_pb2.ListAdaptersRequest())
+            assert (await failure(call))[0] is Code.UNAVAILABLE, "plaintext"
+            for tls, is_good in (
+                (ours.client("trainer"), True),
+                (ours.client(), False),
+                (theirs.client("x"), False),
+            ):
+                async with AsyncAdminClient(
+                    served.admin_address, ConnectionOptions(tls=tls, max_attempts=1)
+                ) as client:
+                    if is_good:
+                        assert await client.list_adapters() == []
+                    else:
+                        with pytest.raises(Unavailable):
+                            await client.list_adapters()
+            assert (await served.generation.Generate(request())).model == "tiny", "the other port as before"
+
+    run(test)
 
 
 def test_without_a_root_nothing_can_be_loaded() -> None:

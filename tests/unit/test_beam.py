@@ -236,13 +236,13 @@ def outputs_until_idle(engine: EngineCore) -> list[SequenceOutput]:
 def test_beams_share_their_prompt_and_copy_only_the_last_block() -> None:
     engine = core(num_blocks=40, max_num_batched_tokens=64)
     copies: list[int] = []
-    whole = engine._runner.execute
+    whole = engine.runner.execute
 
     def watched(schedule: Schedule) -> StepResult:
         copies.append(len(schedule.copies))
         return whole(schedule)
 
-    engine._runner.execute = watched  # type: ignore[method-assign]
+    engine.runner.execute = watched  # type: ignore[method-assign]
     engine.add(beams_of(1, 4, prompt=3 * BLOCK + 2, tokens=20))
     engine.step()
     assert engine.pool.num_used == 4 + 3, "three full blocks of the prompt, and four of the last"

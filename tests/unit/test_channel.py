@@ -92,6 +92,25 @@ def test_the_front_sends_without_blocking_and_keeps_order():
     asyncio.run(main())
 
 
+def test_what_is_sent_in_one_turn_of_the_loop_arrives_together():
+    """A worker that wakes for the first of a call's inputs finds all of them."""
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        worker = Channel(theirs)
+        channel = await AsyncChannel.open(ours, lambda message: None, lambda: None)
+        reading = asyncio.create_task(asyncio.to_thread(worker.poll, 10.0))
+        await asyncio.sleep(0)  # it may wait by now, or not: what it finds is the same
+        for number in range(16):
+            channel.send(number)
+        assert await reading == list(range(16))
+        channel.send("last")
+        channel.close()
+        assert await asyncio.to_thread(worker.poll, 10.0) == ["last"]
+
+    asyncio.run(main())
+
+
 def test_a_reset_connection_is_the_end_of_the_stream():
     """A Unix socket closed with unread data gives ECONNRESET on the other side."""
     ours, theirs = socket.socketpair()

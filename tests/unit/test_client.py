@@ -21,6 +21,7 @@ from salver.client import (
     ConnectionOptions,
     FinishReason,
     InvalidArgument,
+    LatencyCause,
     Message,
     Resume,
     SalverError,
@@ -29,6 +30,7 @@ from salver.client import (
 from salver.client.cli import main
 from salver.v1 import (
     common_pb2,
+    explanation_pb2,
     generation_pb2,
     generation_pb2_grpc,
     model_pb2,
@@ -38,6 +40,16 @@ from salver.v1 import (
 )
 
 WORDS = ["Il", " était", " une", " fois"]
+
+
+EXPLANATION = explanation_pb2.Explanation(
+    parts=[
+        {"cause": explanation_pb2.LATENCY_CAUSE_NO_SEAT, "duration": {"seconds": 1, "nanos": 500_000_000}},
+        {"cause": explanation_pb2.LATENCY_CAUSE_DECODE, "duration": {"nanos": 500_000_000}},
+        {"cause": 99, "duration": {"seconds": 7}},  # of a newer server
+    ],
+    device_time={"nanos": 250_000_000},
+)
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
@@ -78,6 +90,8 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 delta.finish_reason = common_pb2.FINISH_REASON_STOP
                 delta.stop_match.eos = True
                 reply.usage.completion_tokens = len(WORDS)
+                if request.explain:
+                    reply.explanation.CopyFrom(EXPLANATION)
             yield reply
             if request.stopping.max_tokens == 1000 and not last:
                 self.cancelled.wait(20)
@@ -87,6 +101,8 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         reply = generation_pb2.GenerateResponse(request_id="r1", model="m", seed=request.sampling.seed)
         reply.completions.add(text="".join(WORDS), token_ids=[0, 1, 2, 3], finish_reason=2)
         reply.timings.queue.FromMilliseconds(1500)
+        if request.explain:
+            reply.explanation.CopyFrom(EXPLANATION)
         return reply
 
     def StreamGenerate(self, request, context):
@@ -175,6 +191,16 @@ def test_every_option_reaches_the_wire(client: Client, served) -> None:
     assert result.completions[0].finish_reason is FinishReason.LENGTH
     assert result.seed == 9
     assert result.timings is not None and result.timings.queue == 1.5
+
+
+def test_an_explanation(client: Client) -> None:
+    assert client.generate("hi").explanation is None
+    found = client.generate("hi", explain=True).explanation
+    assert found is not None and found.device_seconds == 0.25
+    assert found.causes == {LatencyCause.NO_SEAT: 1.5, LatencyCause.DECODE: 0.5}
+    with client.stream_generate("hi", explain=True) as stream:
+        assert [part.explanation for part in stream] == [None] * (len(WORDS) - 1) + [found]
+    assert stream.result.explanation == found
 
 
 def test_what_is_not_given_is_not_sent(client: Client, served) -> None:
@@ -295,6 +321,11 @@ def test_nobody_there() -> None:
     [
         (["generate", "hi", "--max-tokens", "3"], "Il était une fois\n"),
         (["generate", "hi", "-n", "2"], "[0] Il était une fois\n"),
+        (
+            ["generate", "hi", "--explain"],
+            "no seat  1500.0  75%\ndecode   500.0   25%\ntotal",
+        ),
+        (["chat", "hi", "--explain"], "bill: 0.250000 device-seconds\n"),
         (["chat", "hi"], "Il était une fois\n"),
         (["score", "a", "b", "c"], "'c'"),
         (["tokenize", "é"], "'é'"),

@@ -23,6 +23,7 @@ from salver.server.rpc.server import SERVICES, STATUS_CODES, all_methods
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KUBERNETES = REPOSITORY / "deploy" / "kubernetes"
+CONTAINERFILE = REPOSITORY / "deploy" / "Containerfile"
 MONITORING = KUBERNETES / "components" / "monitoring"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 VERSION = "1.34"
@@ -133,6 +134,16 @@ def test_the_gateway_knows_every_service(tool: str) -> None:
     (rule,) = of_kind(build(tool, "gateway"), "GRPCRoute")["spec"]["rules"]
     routed = {match["method"]["service"] for match in rule["matches"]}
     assert routed == {*SERVICES, "grpc.health.v1.Health"}
+
+
+def test_the_containerfile(find_tool: Any) -> None:
+    """hadolint has nothing to say that is not answered there; what runs is no root and has no compiler."""
+    done = subprocess.run(
+        [find_tool("hadolint"), "--no-color", str(CONTAINERFILE)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    last = CONTAINERFILE.read_text().rpartition("\nFROM ")[2]
+    assert "USER 65532:65532" in last and "apt-get" not in last
 
 
 def test_the_config_file_is_one() -> None:

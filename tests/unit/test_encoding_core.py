@@ -21,6 +21,8 @@ from salver.server.engine.request import (
     StoppingParams,
 )
 from salver.server.engine.scheduler import Schedule
+from salver.server.rpc.convert import add_floats
+from salver.v1 import encoding_pb2
 
 LIMITS = EngineLimits(
     num_blocks=33,
@@ -204,3 +206,14 @@ def test_a_pool_has_the_same_bits_however_it_is_cut(mode: str) -> None:
         "weightedmean": (wide * weights).sum(0) / weights.sum(),
     }  # fmt: skip
     np.testing.assert_allclose(whole, expected[mode], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 5000])
+def test_vectors_become_the_bytes_of_the_wire(size: int) -> None:
+    values = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    made = encoding_pb2.Embedding(num_tokens=3)
+    add_floats(made, "values", values)
+    assert made == encoding_pb2.Embedding(num_tokens=3, values=values.tolist())
+    token = encoding_pb2.TokenEmbedding()
+    add_floats(token, "values", values[::2])  # a number of its own, and numbers that don't stand in a row
+    assert list(token.values) == values[::2].tolist()

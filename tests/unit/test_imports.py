@@ -22,28 +22,21 @@ ENGINE = "salver.server.engine"
 WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
-        *("attention_rows", "batch", "draft_model", "encoder_runner", "encoder_startup", "readouts"),
-        *("roofline", "runner", "source_reader", "startup", "updates", "worker"),
+        *("attention_rows", "batch", "device_memory", "device_startup", "draft_model"),
+        *("encoder_runner", "encoder_startup", "gpu_gauges", "graphs", "launching", "rank", "ranks"),
+        *("readouts", "roofline", "runner", "source_reader", "startup", "updates", "weight_staging"),
+        "worker",
     )
 )  # fmt: skip
-PURE = tuple(
-    f"{ENGINE}.{name}"
-    for name in (
-        "changes",
-        "request",
-        "config",
-        "errors",
-        "sequence",
-        "blocks",
-        "cross_cache",
-        "drafts",
-        "waiting",
-        "beam",
-        "beam_groups",
-        "scheduler",
-        "core",
-        "inline",
-    )
+PURE = (
+    "salver.server.step_times",
+    *(
+        f"{ENGINE}.{name}"
+        for name in (
+            *("accounting", "beam", "beam_groups", "blocks", "changes", "config", "core", "cross_cache"),
+            *("drafts", "errors", "inline", "overlap", "request", "scheduler", "sequence", "waiting"),
+        )
+    ),
 )
 # Of salver.model, what the front process uses.
 MODEL_FRONT = tuple(

@@ -55,6 +55,9 @@ class FakePage:
     prefix_hits: int = 40
     draft_tokens: int = 50
     accepted_draft_tokens: int = 30
+    gpu_memory_used: int = 0
+    gpu_memory_total: int = 0
+    gpu_utilization: int = 0
 
 
 class FakeWorker:
@@ -155,12 +158,15 @@ def test_tokens_that_no_reply_has_are_not_counted() -> None:
 
 def test_steps_and_requests() -> None:
     metrics = make()
-    metrics.step(StepMessage([], [], StepStats(33, 3, 0.02, 0.01)))
+    shares = (("", 5_000_000), ("a", 15_000_000))
+    metrics.step(StepMessage([], [], StepStats(33, 3, 0.02, 0.01, tenants=shares)))
     metrics.step(StepMessage([], [], None))
     metrics.request_ended(SequenceTimings(queue=0.1, prefill=0.2, decode=0.3), 0.7)
     metrics.succeeded("stop")
     assert value(metrics, "salver_batch_tokens_sum") == 33
     assert value(metrics, "salver_step_duration_seconds_count") == 1
+    for tenant, nanoseconds in shares:
+        assert value(metrics, "salver_device_seconds_total", tenant=tenant) == nanoseconds / 1e9
     for name, seconds in (("queue", 0.1), ("prefill", 0.2), ("decode", 0.3)):
         assert value(metrics, f"salver_request_{name}_time_seconds_sum") == seconds
     assert value(metrics, "salver_e2e_request_latency_seconds_sum") == 0.7

@@ -47,6 +47,11 @@ def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--adapter" in refused(capsys, "m", "--adapter", text)
 
 
+def test_what_several_ranks_do_not_share(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--adapter", "a=/x"], ["--quantization", "int8"], ["--kernels", "native"]):
+        assert "--tensor-parallel-size" in refused(capsys, "m", "--tensor-parallel-size", "2", *flags)
+
+
 def test_every_flag_changes_its_field(tmp_path: Path) -> None:
     """A flag that does nothing would be a lie in the help."""
     words = {
@@ -55,20 +60,21 @@ def test_every_flag_changes_its_field(tmp_path: Path) -> None:
         "metrics_port": "2", "max_message_size": "1MiB", "max_connection_age": "1m", "device": "cpu",
         "dtype": "float32", "quantization": "int8",
         "numerics": "fast", "kernels": "torch", "threads": "3", "max_model_len": "7", "max_num_seqs": "4",
-        "max_num_batched_tokens": "5", "kv_cache_memory": "6", "max_samples": "2", "max_queued_requests": "8",
+        "max_num_batched_tokens": "5", "kv_cache_memory": "6",
+        "gpu_memory_utilization": "0.5", "max_samples": "2", "max_queued_requests": "8",
         "max_queued_tokens": "9", "drain_period": "500ms", "log_level": "debug",
         "tls_cert": "/cert", "tls_key": "/key", "tls_client_ca": "/ca", "tokens": "/tokens",
         "health_port": "6", "log_format": "json", "metrics_compat": "vllm", "otlp_endpoint": "http://c:4317",
         "speculation": "ngram", "speculative_model": "/d", "num_draft_tokens": "3",
-        "adapter": "a=/x,b=/y",
+        "adapter": "a=/x,b=/y", "tensor_parallel_size": "2",
         "admin_port": "7", "admin_host": "::1", "admin_token_file": "/tokens", "admin_tls_cert": "/cert",
         "admin_tls_key": "/key", "admin_tls_client_ca": "/ca", "adapter_root": "/adapters",
-        "max_adapters": "3",
+        "max_adapters": "3", "weights_root": "/weights",
     }  # fmt: skip
     # Refused without the others.
     needed = {
         **dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"), ("tls_cert", "tls_key")),
-        **dict.fromkeys(("admin_token_file", "adapter_root"), ("admin_port",)),
+        **dict.fromkeys(("admin_token_file", "adapter_root", "weights_root"), ("admin_port",)),
         **dict.fromkeys(
             ("admin_tls_cert", "admin_tls_key", "admin_tls_client_ca"),
             ("admin_port", "admin_tls_cert", "admin_tls_key"),
@@ -120,6 +126,8 @@ def test_what_kubernetes_and_compose_put_into_the_environment() -> None:
         ("--threads", "0"),
         ("--kv-cache-memory", "lots"),
         ("--kv-cache-memory", "0"),
+        ("--gpu-memory-utilization", "1.5"),
+        ("--gpu-memory-utilization", "all"),
         ("--max-message-size", "3GiB"),
         ("--dtype", "float12"),
         ("--device", "tpu"),

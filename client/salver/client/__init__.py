@@ -1,6 +1,13 @@
 """Salver's Python client: typed, light, synchronous and asynchronous."""
 
-from salver.client.admin import Adapter, AdapterLoad, AdapterUnload, AdminClient, AsyncAdminClient
+from salver.client.admin import (
+    Adapter,
+    AdapterLoad,
+    AdapterUnload,
+    AdminClient,
+    AsyncAdminClient,
+    WeightsUpdate,
+)
 from salver.client.async_client import AsyncClient, AsyncStream
 from salver.client.client import Client, Stream
 from salver.client.encoding import (
@@ -38,6 +45,7 @@ from salver.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from salver.client.explanation import Explanation, LatencyCause
 from salver.client.inspection import (
     Attention,
     AttentionLink,
@@ -115,6 +123,7 @@ __all__ = [
     "DistributionOptions",
     "EmbedOptions",
     "Embedding",
+    "Explanation",
     "ExtractAnswerOptions",
     "FailedPrecondition",
     "FieldViolation",
@@ -128,6 +137,7 @@ __all__ = [
     "InvalidArgument",
     "LabelScore",
     "LabelledSpan",
+    "LatencyCause",
     "Limits",
     "MaskCandidate",
     "MemoryArithmetic",
@@ -166,5 +176,6 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "WeightsUpdate",
     "token_from_file",
 ]

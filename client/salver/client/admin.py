@@ -1,4 +1,4 @@
-"""AdminService: adapters changed while a server runs, on its admin port. Both clients of it."""
+"""AdminService: adapters and weights changed while a server runs, on its admin port. Both clients of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ ADMIN_ADDRESS = "127.0.0.1:50052"
 CHANGE_TIMEOUT = 300.0  # seconds: files are read, calls are waited for
 
 InFlight = Literal["wait", "abort"]
-_IN_FLIGHT = {"wait": admin_pb2.IN_FLIGHT_WAIT, "abort": admin_pb2.IN_FLIGHT_ABORT}
+InFlightOfUpdate = Literal["wait", "abort", "keep"]
+_IN_FLIGHT = {
+    "wait": admin_pb2.IN_FLIGHT_WAIT,
+    "abort": admin_pb2.IN_FLIGHT_ABORT,
+    "keep": admin_pb2.IN_FLIGHT_KEEP,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,20 @@ class AdapterUnload:
     num_aborted: int
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsUpdate:
+    """What an update did. `version` is that of every answer from now on (`weights_version`); `pause` in
+    seconds, that steps stood still. `unchanged`: the same files were served already."""
+
+    version: int
+    digest: str
+    numerics_id: str
+    num_aborted: int
+    num_kept: int
+    pause: float
+    unchanged: bool
+
+
 def _load(name: str, directory: str, timeout: float | None) -> Rpc:
     def decode(reply: admin_pb2.LoadAdapterResponse) -> AdapterLoad:
         replaced = reply.replaced_version if reply.HasField("replaced_version") else None
@@ -80,6 +99,17 @@ def _list(page_token: str, timeout: float | None) -> Rpc:
 
     request = admin_pb2.ListAdaptersRequest(page_token=page_token)
     return _change("ListAdapters", request, decode, timeout)
+
+
+def _update(directory: str, in_flight: InFlightOfUpdate, timeout: float | None) -> Rpc:
+    def decode(reply: admin_pb2.UpdateWeightsResponse) -> WeightsUpdate:
+        return WeightsUpdate(
+            reply.version, reply.digest, reply.numerics_id, reply.num_aborted, reply.num_kept,
+            reply.pause.seconds + reply.pause.nanos / 1e9, reply.unchanged,
+        )  # fmt: skip
+
+    request = admin_pb2.UpdateWeightsRequest(directory=directory, in_flight=_IN_FLIGHT[in_flight])
+    return _change("UpdateWeights", request, decode, timeout)
 
 
 def _change(method: str, request: Any, decode: Any, timeout: float | None) -> Rpc:
@@ -141,6 +171,17 @@ class AdminClient:
             if not token:
                 return adapters
 
+    def update_weights(
+        self, directory: str, in_flight: InFlightOfUpdate = "wait", *, timeout: float | None = None
+    ) -> WeightsUpdate:
+        """Serves the weights of the checkpoint `directory` of the server's --weights-root in the place of
+        the base's. Calls that run are waited for, aborted, or go on with the new weights ("keep").
+
+        Raises InvalidArgument for bad ones, naming the tensor or field.
+        """
+        done: WeightsUpdate = self._client.call(_update(directory, in_flight, timeout))
+        return done
+
 
 class AsyncAdminClient:
     """`AdminClient`, asynchronous. Make it inside a running loop."""
@@ -184,3 +225,10 @@ class AsyncAdminClient:
             adapters += page
             if not token:
                 return adapters
+
+    async def update_weights(
+        self, directory: str, in_flight: InFlightOfUpdate = "wait", *, timeout: float | None = None
+    ) -> WeightsUpdate:
+        """See `AdminClient.update_weights`."""
+        done: WeightsUpdate = await self._client.call(_update(directory, in_flight, timeout))
+        return done

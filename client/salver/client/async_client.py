@@ -40,6 +40,7 @@ from salver.client.types import (
     ChatOptions,
     GenerateResult,
     GenerationOptions,
+    Message,
     Model,
     Resume,
     ScoreOptions,
@@ -284,9 +285,12 @@ class AsyncClient:
         return found
 
     async def get_distribution(
-        self, prompt: PromptLike, **options: Unpack[DistributionOptions]
+        self, prompt: PromptLike | Sequence[Message], **options: Unpack[DistributionOptions]
     ) -> list[StepDistribution]:
-        """The next token's distribution before and after each step of sampling; the last is drawn from."""
+        """The next token's distribution before and after each step of sampling; the last is drawn from.
+
+        Of a prompt, or of the answer to a conversation.
+        """
         request = inspection.distribution_request(prompt, options)
         found: list[StepDistribution] = await self._call(
             rpcs.inspect("GetDistribution", request, inspection.distribution, options)

@@ -39,6 +39,7 @@ from salver.client.types import (
     ChatOptions,
     GenerateResult,
     GenerationOptions,
+    Message,
     Model,
     Resume,
     ScoreOptions,
@@ -278,9 +279,12 @@ class Client:
         return found
 
     def get_distribution(
-        self, prompt: PromptLike, **options: Unpack[DistributionOptions]
+        self, prompt: PromptLike | Sequence[Message], **options: Unpack[DistributionOptions]
     ) -> list[StepDistribution]:
-        """The next token's distribution before and after each step of sampling; the last is drawn from."""
+        """The next token's distribution before and after each step of sampling; the last is drawn from.
+
+        Of a prompt, or of the answer to a conversation.
+        """
         request = inspection.distribution_request(prompt, options)
         found: list[StepDistribution] = self._call(
             rpcs.inspect("GetDistribution", request, inspection.distribution, options)

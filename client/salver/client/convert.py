@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from salver.client.explanation import from_explanation
 from salver.client.types import (
     BeamParams,
     Candidate,
@@ -230,6 +231,8 @@ def from_generation(reply: Any) -> GenerateResult:
         numerics_id=reply.numerics_id,
         prompt_token_ids=tuple(reply.prompt_token_ids),
         configuration=_configuration(reply.configuration),
+        weights_version=reply.weights_version,
+        explanation=from_explanation(reply.explanation) if reply.HasField("explanation") else None,
     )
 
 
@@ -257,6 +260,7 @@ def from_model(model: model_pb2.Model) -> Model:
         base=model.base,
         embedding_dimensions=model.embedding_dimensions if model.HasField("embedding_dimensions") else None,
         labels=tuple(model.labels),
+        weights_version=model.weights_version,
     )
 
 
@@ -271,6 +275,7 @@ def from_server_info(reply: model_pb2.GetServerInfoResponse) -> ServerInfo:
         torch_version=reply.torch_version,
         startup_phases={phase.name: _seconds(phase.duration) for phase in reply.startup_phases},
         worker_restarts=reply.worker_restarts,
+        weights_version=reply.weights_version,
     )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from salver.client.convert import PromptLike, to_generation, to_prompt
+from salver.client.convert import PromptLike, to_generation, to_messages, to_prompt
+from salver.client.types import Message
 from salver.v1 import inspection_pb2
 
 
@@ -38,6 +39,7 @@ class DistributionOptions(TypedDict, total=False):
     """Keyword arguments of `get_distribution`: those of generation that decide about one token, and
 
     `num_candidates` to return of each step, and `output_token_ids` that the model has written already.
+    Of a conversation also what `chat` takes of its template.
     """
 
     temperature: float
@@ -57,6 +59,14 @@ class DistributionOptions(TypedDict, total=False):
     min_tokens: int
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    json_schema: str | Mapping[str, Any]
+    json_object: bool
+    regex: str
+    choice: Sequence[str]
+    grammar: str
+    add_generation_prompt: bool
+    continue_final_message: bool
+    template_kwargs: Mapping[str, Any]
     output_token_ids: Sequence[int]
     num_candidates: int
     priority: int
@@ -67,12 +77,13 @@ class DistributionOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class AttentionUnit:
-    """A token, or a word of several, and its place in the text (code points)."""
+    """A token, or a word of several, and its place (code points) in its text: 0, or 1 for the pair."""
 
     token_ids: tuple[int, ...]
     token: bytes
     start: int
     end: int
+    text: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +120,9 @@ class Attention:
 
 
 class AttentionOptions(TypedDict, total=False):
-    """Keyword arguments of `get_attention`. `view` is raw, head_mean or rollout."""
+    """Keyword arguments of `get_attention`. `view` is raw, head_mean or rollout; `pair` a second text."""
 
+    pair: str
     layers: Sequence[int]
     heads: Sequence[int]
     view: str
@@ -137,7 +149,7 @@ def attention_request(prompt: PromptLike, options: AttentionOptions) -> Any:
 def attention(reply: Any) -> Attention:
     size = len(reply.units)
     return Attention(
-        tuple(AttentionUnit(tuple(u.token_ids), u.token, u.start, u.end) for u in reply.units),
+        tuple(AttentionUnit(tuple(u.token_ids), u.token, u.start, u.end, u.text) for u in reply.units),
         tuple(
             AttentionMatrix(
                 m.layer,
@@ -153,9 +165,13 @@ def attention(reply: Any) -> Attention:
     )
 
 
-def distribution_request(prompt: PromptLike, options: DistributionOptions) -> Any:
-    """Raises TypeError for an option that does not exist."""
-    return to_generation(inspection_pb2.GetDistributionRequest, options, prompt=to_prompt(prompt))
+def distribution_request(prompt: PromptLike | Sequence[Message], options: DistributionOptions) -> Any:
+    """Of a prompt or a conversation. Raises TypeError for an option that does not exist."""
+    if not isinstance(prompt, str) and any(isinstance(item, Message) for item in prompt):
+        said: Any = {"messages": to_messages(prompt)}  # type: ignore[arg-type]
+    else:
+        said = {"prompt": to_prompt(prompt)}  # type: ignore[arg-type]
+    return to_generation(inspection_pb2.GetDistributionRequest, options, **said)
 
 
 def distribution(reply: Any) -> list[StepDistribution]:

@@ -19,11 +19,25 @@ from typing import Any, NoReturn, Self
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from salver.v1 import common_pb2, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from salver.client import fake_encoding
+from salver.v1 import (
+    common_pb2,
+    encoding_pb2_grpc,
+    explanation_pb2,
+    generation_pb2,
+    generation_pb2_grpc,
+    inspection_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
 
 Piece = str | bytes
 _WORDS = ("the ", "sea ", "was ", "calm ", b"caf\xc3", b"\xa9 ", "and ", "old ", b"\xe2\x98", b"\x83 ", ". ")
 _DEFAULT_TOKENS = 16
+_EXPLANATION = explanation_pb2.Explanation(
+    parts=[{"cause": explanation_pb2.LATENCY_CAUSE_DECODE, "duration": {"nanos": 2_000_000}}],
+    device_time={"nanos": 1_000_000},
+)
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"  # HealthCheckResponse
 
 
@@ -96,6 +110,11 @@ class FakeServer:
         self._server = grpc.server(futures.ThreadPoolExecutor(64), options=[("grpc.so_reuseport", 0)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(self), self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(_Models(self), self._server)
+        for kind, add in (
+            (fake_encoding.FakeEncoding, encoding_pb2_grpc.add_EncodingServiceServicer_to_server),
+            (fake_encoding.FakeInspection, inspection_pb2_grpc.add_InspectionServiceServicer_to_server),
+        ):
+            add(kind(self._accept_whole, numerics_id, token_id), self._server)
         health: dict[str, Any] = {
             "Check": grpc.unary_unary_rpc_method_handler(lambda request, context: self._health()),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
@@ -122,7 +141,7 @@ class FakeServer:
         retry_after: float | None = None,
         reason: str = "",
     ) -> None:
-        """The next calls that generate end so: a stream when `after` of its messages have gone out."""
+        """The next calls end so, but those about models: a stream after so many of its messages."""
         self._faults += [_Fault(code, message, after, retry_after, reason)] * times
 
     def drain(self) -> None:
@@ -137,6 +156,24 @@ class FakeServer:
         with self._changed:
             self._changed.notify_all()
         self._server.stop(None).wait()
+
+    def _accept(self, request: Any, context: grpc.ServicerContext) -> _Fault | None:
+        """Keeps what came. The fault that its stream will end with; others end the call here."""
+        self.requests.append(request)
+        self.remaining.append(context.time_remaining())
+        self.metadata.append(dict(context.invocation_metadata()))
+        if self._draining:
+            _abort(context, _Fault(grpc.StatusCode.UNAVAILABLE, "draining", 0, 0.1, "DRAINING"))
+        fault = self._faults.pop(0) if self._faults else None
+        if fault is not None and fault.after == 0:
+            _abort(context, fault)
+        return fault
+
+    def _accept_whole(self, request: Any, context: grpc.ServicerContext) -> None:
+        """Of a call with one reply, which never is the message after a fault's."""
+        fault = self._accept(request, context)
+        if fault is not None:
+            _abort(context, fault)
 
     def _health(self) -> bytes:
         return _NOT_SERVING if self._draining else _SERVING
@@ -169,10 +206,10 @@ class _Models(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.GetServerInfoResponse(version="fake", numerics_id=self._fake._numerics_id)
 
     def GetModel(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return model_pb2.GetModelResponse(model=model_pb2.Model(name="fake"))
+        return model_pb2.GetModelResponse(model=fake_encoding.model())
 
     def ListModels(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return model_pb2.ListModelsResponse(models=[model_pb2.Model(name="fake")])
+        return model_pb2.ListModelsResponse(models=[fake_encoding.model()])
 
 
 class _Sample:
@@ -283,14 +320,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
 
     def _messages(self, method: str, request: Any, context: grpc.ServicerContext, make: Any) -> Iterator[Any]:
         fake, numerics_id = self._fake, self._fake._numerics_id
-        fake.requests.append(request)
-        fake.remaining.append(context.time_remaining())
-        fake.metadata.append(dict(context.invocation_metadata()))
-        if fake._draining:
-            _abort(context, _Fault(grpc.StatusCode.UNAVAILABLE, "draining", 0, 0.1, "DRAINING"))
-        fault = fake._faults.pop(0) if fake._faults else None
-        if fault is not None and fault.after == 0:
-            _abort(context, fault)
+        fault = fake._accept(request, context)
         if method.startswith("Stream") and request.HasField("beams"):
             message = "beams: cannot be streamed"
             _abort(context, _Fault(grpc.StatusCode.INVALID_ARGUMENT, message, 0, None, ""))
@@ -331,6 +361,8 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
                 message.usage.prompt_tokens = len(prompt_ids)
                 message.usage.completion_tokens = sum(sample.num_tokens for sample in samples)
                 message.usage.resumed_tokens = brought
+                if request.explain:
+                    message.explanation.CopyFrom(_EXPLANATION)
             yield message
             sent += 1
             if done:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+from salver.client.explanation import Explanation
+
 
 class FinishReason(enum.Enum):
     """Why a completion ended."""
@@ -188,6 +190,7 @@ class GenerateResult:
     """A whole answer; in a stream, one message of it.
 
     `configuration` is what the request was answered with, by name; in a stream, in the first message.
+    `weights_version` rises with every update of the server's weights (docs/weights.md).
     """
 
     request_id: str
@@ -200,6 +203,8 @@ class GenerateResult:
     numerics_id: str = ""
     prompt_token_ids: tuple[int, ...] = ()
     configuration: Mapping[str, Setting] = field(default_factory=dict)
+    weights_version: int = 0
+    explanation: Explanation | None = None  # of a call with `explain`; in a stream, in the last message
 
     @property
     def text(self) -> str:
@@ -255,6 +260,7 @@ class Model:
     base: str = ""
     embedding_dimensions: int | None = None
     labels: tuple[str, ...] = ()
+    weights_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +291,7 @@ class ServerInfo:
     torch_version: str
     startup_phases: dict[str, float] = field(default_factory=dict)
     worker_restarts: int = 0
+    weights_version: int = 0
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -334,6 +341,7 @@ class GenerationOptions(TypedDict, total=False):
     target_language: str
     source_language: str
     resume: Resume
+    explain: bool
     request_id: str
     model: str
     timeout: float

@@ -23,7 +23,7 @@ from .errors import CheckpointError
 from .layers import Embedding, Linear, Norm
 from .loader import CheckpointTensors, SourceWriter
 from .spec import Copy, Mxfp4, Source, WeightMap, names_of
-from .transformer import Decoder, Transformer
+from .transformer import Transformer
 from .weights import PickleFile, SafetensorsFile, WeightFile
 
 _FILES = (("adapter_model.safetensors", SafetensorsFile), ("adapter_model.bin", PickleFile))
@@ -97,8 +97,10 @@ class AdapterBase:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: Decoder | Encoder) -> AdapterBase:
+    def of(cls, model: object) -> AdapterBase:
         """Of a model that `load_model` or `load_encoder` made, or that the native kernel made of one."""
+        if isinstance(model, AdapterBase):
+            return model
         if not isinstance(model, Transformer | Encoder):
             assert isinstance(model, Packed)
             return model.adapter_base
@@ -146,13 +148,13 @@ class Packed(Protocol):
     def adapter_base(self) -> AdapterBase: ...
 
 
-def load_adapter(path: Path, model: AdapterBase | Decoder | Encoder) -> Adapter:
-    """The adapter in a PEFT directory, for this model.
+def load_adapter(path: Path, model: object) -> Adapter:
+    """The adapter in a PEFT directory, for a model or its `AdapterBase`.
 
     Raises CheckpointError, naming file and tensor or field, for what is missing, misshaped, of another
     model or not implemented.
     """
-    base = model if isinstance(model, AdapterBase) else AdapterBase.of(model)
+    base = AdapterBase.of(model)
     config_path = path / "adapter_config.json"
     config = AdapterConfig(config_path)
     file = _open(path)

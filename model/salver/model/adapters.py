@@ -19,7 +19,7 @@ from .adapter_reader import HEAD, Adapter, AdapterBase, LowRank, load_adapter
 from .encoder import Encoder
 from .latent import HeadProduct
 from .layers import Embedding, Norm
-from .transformer import Decoder, Transformer
+from .transformer import Transformer
 
 __all__ = ["Adapter", "AdapterBase", "AdapterSet", "LowRank", "load_adapter"]
 
@@ -48,14 +48,15 @@ class AdapterSet:
 
     def __init__(
         self,
-        model: Decoder | Encoder,
+        model: object,
         adapters: Mapping[str, Adapter],
         row_multiple: int = 1,
         *,
         install: bool = True,
     ) -> None:
-        """`row_multiple` as in `numerics.row_multiple`. Without `install` the model stays as it is, with
-        the adapters that it has, until that is called.
+        """Of a `Transformer`, an `Encoder` or an `Adaptable`; `row_multiple` as in `numerics.row_multiple`.
+
+        Without `install` the model stays as it is, with the adapters that it has, until that is called.
 
         Raises CheckpointError for an adapter that the native kernel does not know.
         """

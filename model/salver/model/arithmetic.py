@@ -120,10 +120,10 @@ def _ranged(first: str, last: str) -> str:
 class Storage:
     """How a server holds a model's tensors: as they were loaded, or packed by the native kernel.
 
-    `quantization` is "none", "int8" or "int4" (there the head is int8, a table
-    bfloat16). The kernel packs matrices in panels of 32 columns, keeps norms,
-    biases and scales in float32, and holds a tied embedding once: as the packed head. Of an encoder it
-    packs the linear maps alone, and a tied head as a copy beside the table.
+    `quantization` is "none", "int8" or "int4" (there the head is int8, a table bfloat16). The kernel packs
+    matrices in panels of 32 columns, keeps norms, biases and scales in float32, and holds a tied embedding
+    once: as the packed head. Of an encoder, whose head stays in the precision it came in, that is a copy
+    beside the table.
     """
 
     native: bool = False
@@ -134,7 +134,7 @@ class Storage:
         if not self.native:
             return tensor.nbytes
         if isinstance(spec, EncoderSpec):
-            return _packed_encoder_bytes(tensor, spec)
+            return _packed_encoder_bytes(tensor, spec, self.quantization == "int8")
         if tensor.name.startswith(_ENCODER):  # its products are in float32 whatever the decoder is in
             columns = _columns(tensor.shape[0], False) if tensor.multiplies else 0
             return (columns * (tensor.shape[1] + 1) if columns else tensor.size) * BYTES["float32"]
@@ -162,15 +162,20 @@ def _columns(rows: int, gated: bool) -> int:
     return _PANEL * (-(-rows // 2 // _LANES) if gated else -(-rows // _PANEL))
 
 
-def _packed_encoder_bytes(tensor: LoadedTensor, spec: EncoderSpec) -> int:
+def _packed_encoder_bytes(tensor: LoadedTensor, spec: EncoderSpec, int8: bool) -> int:
+    matrix = BYTES[tensor.dtype]
+    gated = spec.gated and tensor.module == "up"
     if tensor.module == "embed" and spec.head is not None and spec.head.tied:
-        # The table, the head's panels, and the panels' bias.
-        columns = _columns(tensor.shape[0], False)
-        return tensor.nbytes + columns * (tensor.shape[1] + 1) * BYTES["float32"]
-    if tensor.multiplies:  # every panel has room for a bias
-        return _columns(tensor.shape[0], False) * (tensor.shape[1] + 1) * BYTES["float32"]
-    in_panels = tensor.is_bias and "norm" not in tensor.module and tensor.module != "head.bias"
-    return 0 if in_panels else tensor.nbytes
+        return tensor.nbytes + _columns(tensor.shape[0], False) * tensor.shape[1] * matrix
+    if tensor.multiplies:
+        rows, depth = tensor.shape
+        if int8 and tensor.part != "head":
+            return _columns(rows, gated) * (depth + BYTES["float32"])
+        return _columns(rows, gated) * depth * matrix
+    if tensor.module in _TABLES:
+        return tensor.nbytes
+    size = tensor.size if "norm" in tensor.module else _columns(tensor.size, gated)
+    return size * BYTES["float32"]
 
 
 @dataclass(frozen=True, slots=True)

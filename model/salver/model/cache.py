@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention.batch import AttentionBatch
 from .spec import ModelSpec
+from .transfer import tensor_on
 
 
 class KVCache:
@@ -52,7 +53,7 @@ class KVCache:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks (source, destination) in all layers; no destination is also a source."""
         if pairs:
-            sources, destinations = torch.tensor(pairs, device=self.data.device).unbind(1)
+            sources, destinations = tensor_on(self.data.device, pairs, torch.int64).unbind(1)
             self.data[:, destinations] = self.data[:, sources]
 
     # ---- by rows, for attention ----

@@ -293,10 +293,7 @@ class Encoder(nn.Module):
         if self.rope is not None and self.local_rope is not None:
             rotation = self.rope.rotation(batch.positions, None, x.dtype)
             local = self.local_rope.rotation(batch.positions, None, x.dtype) if spec.windows else rotation
-        bias = None if self.buckets is None else functools.partial(self._bucket_bias, self.buckets)
-        masks = {
-            window: Masks(bias, window, x) for window in {spec.window(i) for i in range(len(spec.order))}
-        }
+        masks = self.masks(x)
         runs = batch.runs()
         for step, index in enumerate(spec.order):
             window = spec.window(step)
@@ -309,6 +306,14 @@ class Encoder(nn.Module):
                 on_layer()
         hidden: Tensor = x if self.final_norm is None else self.final_norm(x)
         return hidden
+
+    def masks(self, like: Tensor) -> dict[int, Masks]:
+        """Of each window that layers have (0: none), in the kind of `like`."""
+        bias = None if self.buckets is None else functools.partial(self._bucket_bias, self.buckets)
+        return {
+            window: Masks(bias, window, like)
+            for window in {self.spec.window(step) for step in range(len(self.spec.order))}
+        }
 
     def scores(self, rows: Tensor) -> Tensor:
         """float32 [R, head.size] of hidden rows [R, hidden_size], by the head."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Linear, Weights
+from .layers import Linear, Weights, product
 from .spec import ExpertsSpec, ModelSpec
 
 # An expert's tokens are padded to a multiple of so many, like the batch (see `numerics.row_multiple`), so
@@ -21,6 +21,9 @@ Inner = Callable[[Tensor], Tensor]  # [n, columns of `up`] to [n, intermediate_s
 
 class Experts(nn.Module):
     """Costs as much as the experts that some token of the step chose."""
+
+    reduce: Callable[[Tensor], Tensor] | None = None  # see `layers.Linear`
+    rows = 0
 
     if TYPE_CHECKING:
 
@@ -63,15 +66,15 @@ class Experts(nn.Module):
             if self.shared_gate is not None:
                 shared = shared * self.shared_gate(x).sigmoid()
             out += shared
-        return out
+        return out if self.reduce is None else self.reduce(out)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         count = x.shape[0]
         x = F.pad(x, (0, 0, 0, -count % self.row_multiple))
         up_bias = None if self.up.bias is None else self.up.bias[expert]
         down_bias = None if self.down.bias is None else self.down.bias[expert]
-        inner = self.inner(F.linear(x, self.up.weight[expert], up_bias))
-        return F.linear(inner, self.down.weight[expert], down_bias)[:count]
+        inner = self.inner(product(x, self.up.weight[expert], up_bias, self.rows))
+        return product(inner, self.down.weight[expert], down_bias, self.rows)[:count]
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(experts int64, weights float32), both [N, per_token]."""

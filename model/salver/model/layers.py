@@ -58,15 +58,35 @@ class Weights(nn.Module):
         self.bias = nn.Parameter(torch.empty(bias_shape), requires_grad=False) if bias else None
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """`F.linear`; with `rows`, by products of exactly so many rows each, the last ones padded.
+
+    A library chooses its kernel, and with it the order of sums, by the number of rows: with always the same
+    number a row's bits don't depend on how many there are.
+    """
+    if not rows:
+        return F.linear(x, weight, bias)
+    count = x.shape[0]
+    if count % rows:
+        x = F.pad(x, (0, 0, 0, -count % rows))
+    if len(x) == rows:
+        return F.linear(x, weight, bias)[:count]
+    return torch.cat([F.linear(part, weight, bias) for part in torch.split(x, rows)])[:count]
+
+
 class Linear(Weights):
-    """weight [out, in]."""
+    """weight [out, in]. `reduce`: the sum over the ranks that hold a part of it each (see `parallel`)."""
+
+    reduce: Callable[[Tensor], Tensor] | None = None
+    rows = 0  # see `product`
 
     if TYPE_CHECKING:
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        out = product(x, self.weight, self.bias, self.rows)
+        return out if self.reduce is None else self.reduce(out)
 
 
 class Embedding(Weights):
@@ -83,6 +103,8 @@ class Embedding(Weights):
 class TiedHead(nn.Module):
     """A product with the token embeddings' own matrix."""
 
+    rows = 0  # see `product`
+
     if TYPE_CHECKING:
 
         def __call__(self, x: Tensor) -> Tensor: ...
@@ -92,7 +114,7 @@ class TiedHead(nn.Module):
         self.embed = embed
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embed.weight)
+        return product(x, self.embed.weight, None, self.rows)
 
 
 class Norm(nn.Module):

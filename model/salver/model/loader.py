@@ -17,7 +17,9 @@ from .arithmetic import LoadedTensor, source_names
 from .attention import choose
 from .config_reader import read_spec
 from .errors import CheckpointError
+from .parallel import Part, Ranks, Sharding, connect
 from .spec import Cat, Copy, Either, Mxfp4, Optional, Source, Split, Stack, Transpose, WeightMap, names_of
+from .transfer import Staging
 from .transformer import Transformer
 from .weights import WeightFile, open_weights
 
@@ -32,23 +34,31 @@ def load_model(
     dtype: torch.dtype,
     numerics: str = "exact",
     on_phase: Callable[[str], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Transformer:
     """The model of a checkpoint directory, ready to compute.
 
-    `on_phase` is told what is done: "config", "build", "weights". Raises CheckpointError, naming file,
-    field or tensor, for what is missing, unused, of another shape, damaged or not implemented.
+    With `ranks`, this rank's part of it. `on_phase` is told what is done: "config", "build", "weights".
+    Raises CheckpointError, naming file, field or tensor, for what is missing, unused, of another shape,
+    damaged or not implemented.
     """
     tell = on_phase or (lambda _: None)
     spec = read_spec(checkpoint)
     tell("config")
+    attention = choose(device, numerics, dtype, sources=spec.encoder is not None)
+    sharding = None if ranks is None else Sharding(spec, ranks.rank, ranks.size)
     with torch.device("meta"):
-        model = Transformer(spec, choose(device, numerics, dtype))
+        model = Transformer(sharding.local_spec if sharding else spec, attention)
+        whole = Transformer(spec, attention) if sharding else model
+    if ranks is not None and sharding is not None:
+        connect(model, sharding, ranks)
     model.eval()
     model.place(device)
     tell("build")
     model.loaded = fill_parameters(
-        model, checkpoint, spec.weights, spec.num_layers, spec.architecture, dtype=dtype, device=device
-    )
+        model, checkpoint, spec.weights, spec.num_layers, spec.architecture, dtype=dtype, device=device,
+        whole=whole, part=sharding.part if sharding else None,
+    )  # fmt: skip
     model.checkpoint = checkpoint
     tell("weights")
     return model
@@ -63,24 +73,33 @@ def fill_parameters(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    whole: nn.Module | None = None,
+    part: Callable[[str], Part | None] | None = None,
 ) -> tuple[LoadedTensor, ...]:
     """Gives every parameter of a model on the meta device its values. What was loaded.
 
-    Raises CheckpointError.
+    `part` says what of the same parameter of `whole` it is, where it is not all. Raises CheckpointError.
     """
+    shapes = {name: parameter.shape for name, parameter in (whole or model).named_parameters()}
     loaded = []
-    tensors = CheckpointTensors(checkpoint, weights)
+    tensors = CheckpointTensors(checkpoint, weights, Staging(device))
     sources = weights.expanded(num_layers)
     tensors.check_names(sources)
     for name, parameter in list(model.named_parameters()):
-        target = torch.empty(parameter.shape, dtype=dtype, device=device)
+        mine = None if part is None else part(name)
+        host = torch.device("cpu")
+        target = torch.empty(shapes[name], dtype=dtype, device=device if mine is None else host)
         source = sources.pop(name, None)
         if source is None:
             raise ValueError(f"{architecture}: the weight map says nothing of {name}")
         tensors.write(source, target)
+        if mine is not None:
+            target = mine.of(target).to(device)
+            if target.shape != parameter.shape:
+                raise ValueError(f"{name}: {list(target.shape)} of {list(parameter.shape)}")
         _set_parameter(model, name, target)
         names = source_names(source, tensors.full_name)
-        loaded.append(LoadedTensor(name, names, tuple(target.shape), str(dtype).removeprefix("torch.")))
+        loaded.append(LoadedTensor(name, names, tuple(shapes[name]), str(dtype).removeprefix("torch.")))
     if sources:
         raise ValueError(f"{architecture}: the model has no {', '.join(sources)}")
     tensors.check_duplicates()
@@ -159,8 +178,10 @@ class SourceWriter:
 class CheckpointTensors(SourceWriter):
     """The tensors of a checkpoint under the names that a weight map uses."""
 
-    def __init__(self, checkpoint: Path, weights: WeightMap) -> None:
+    def __init__(self, checkpoint: Path, weights: WeightMap, staging: Staging | None = None) -> None:
+        """`staging` copies to the device; None: the host does."""
         self._checkpoint = checkpoint
+        self._staging = staging or Staging(torch.device("cpu"))
         self._weights = weights
         self._files: dict[str, tuple[WeightFile, str]] = {}  # name without prefix: file, name in it
         for full_name, file in open_weights(checkpoint).items():
@@ -224,7 +245,7 @@ class CheckpointTensors(SourceWriter):
             raise CheckpointError(
                 f"{file.path}: {full_name} has shape {list(tensor.shape)}, {list(target.shape)} was expected"
             )
-        target.copy_(tensor)
+        self._staging.copy(tensor, target)
 
     def _unpack(self, source: Mxfp4, target: Tensor) -> None:
         """Fills a target [..., rows, columns], matrix by matrix."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experts import Experts
-from .layers import Linear
+from .layers import Linear, Weights
 from .precision import default_dtype_name
 from .transformer import Transformer
 
@@ -64,6 +64,29 @@ def row_multiple_of(modules: Iterable[nn.Module]) -> int:
     return ROW_MULTIPLES[found]
 
 
+@torch.inference_mode()
+def fixed_rows_hold(model: Transformer, rows: int) -> bool:
+    """Whether products of exactly so many rows give a row the same bits wherever it stands among them.
+
+    Tried on the device, with every shape of the model's linear maps and a random row among others.
+    """
+    shapes: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+    for module in model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, Tensor) and weight.dim() > 1 and isinstance(module, Linear | Weights):
+            one, its = (weight, bias) if weight.dim() == 2 else (weight[0], None if bias is None else bias[0])
+            shapes.setdefault((*one.shape, its is not None), (one, its))
+    generator = torch.Generator().manual_seed(0)
+    for weight, bias in shapes.values():
+        others = torch.randn((rows, weight.shape[1]), generator=generator).to(weight)
+        expected = F.linear(others, weight, bias)
+        # Turned by steps that come to every place of a tile.
+        for turn in (1, 7, rows // 2, rows // 2 + 1, rows - 1):
+            if not torch.equal(F.linear(others.roll(turn, 0), weight, bias).roll(-turn, 0), expected):
+                return False
+    return True
+
+
 def _holds(row: Tensor, weight: Tensor, bias: Tensor | None, expected: Tensor, multiple: int) -> bool:
     for rows in _PROBED_ROWS:
         if rows % multiple == 0 and not bool(
@@ -73,7 +96,7 @@ def _holds(row: Tensor, weight: Tensor, bias: Tensor | None, expected: Tensor, m
     return True
 
 
-def promise(numerics: str, dtype: torch.dtype, native: bool) -> str:
+def promise(numerics: str, dtype: torch.dtype, native: bool, fixed: bool = False) -> str:
     """What the same request and `numerics_id` promise, in a word.
 
     "bits": the same logits to the last bit, whoever shares the batch, however the prompt is cut into
@@ -81,10 +104,12 @@ def promise(numerics: str, dtype: torch.dtype, native: bool) -> str:
     "tokens": the same tokens, whoever shares the batch and however the prompt is cut into chunks.
     "none": products and attention may round otherwise in another batch, and in half precision
     that shows in the tokens now and then.
+
+    `fixed`: products and attention have fixed tiles (on a GPU), and the products were tried.
     """
     if native:
         return "bits"
-    return "tokens" if numerics == "exact" and dtype == torch.float32 else "none"
+    return "tokens" if numerics == "exact" and (dtype == torch.float32 or fixed) else "none"
 
 
 def numerics_id(
@@ -97,10 +122,13 @@ def numerics_id(
     threads: int,
     row_multiple: int,
     kernel: str,
+    ranks: int = 1,
+    fixed_rows: int = 0,
 ) -> str:
     """The promise and a digest of all that the numbers depend on, such as tokens-3fa9c2d10b7e4a55.
 
-    `kernel` is what the native kernel calls its numerics, or empty for plain torch.
+    `kernel` is what the native kernel calls its numerics, or empty for plain torch; `ranks` how many
+    processes share the model.
     """
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
@@ -118,6 +146,8 @@ def numerics_id(
         f"threads={threads if device.type == 'cpu' and not kernel else 0}",
         f"torch={torch.__version__}",
         f"row_multiple={row_multiple}",
+        *([f"ranks={ranks}"] if ranks > 1 else []),
+        *([f"fixed_rows={fixed_rows}"] if fixed_rows else []),
     )
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-    return f"{promise(numerics, dtype, bool(kernel))}-{digest[:16]}"
+    return f"{promise(numerics, dtype, bool(kernel), bool(fixed_rows))}-{digest[:16]}"

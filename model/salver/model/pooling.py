@@ -68,11 +68,9 @@ class Pool:
 
 
 def _sum(before: Floats | None, rows: Floats) -> Floats:
-    """Of the rows, one after the other, onto what was there."""
-    total = np.zeros(rows.shape[1]) if before is None else before.copy()
-    for row in rows:
-        total += row
-    return total
+    """Of the rows, one after the other, onto what was there: numpy adds rows of a matrix in their order."""
+    rows = rows if before is None else np.concatenate((before[None], rows))
+    return np.asarray(np.add.reduce(rows, axis=0))
 
 
 def _there(value: Floats | None) -> Floats:

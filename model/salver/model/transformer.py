@@ -21,6 +21,7 @@ from .encoder import Encoder, EncoderBatch
 from .experts import Experts
 from .latent import Latent
 from .layers import ACTIVATIONS, Embedding, Linear, Norm, TiedHead, Weights, capped
+from .parallel import Shards
 from .rope import Rope, Rotation, sinusoids
 from .spec import AlibiPositions, BucketPositions, LearnedPositions, ModelSpec, SinusoidalPositions
 
@@ -224,6 +225,8 @@ class Transformer(nn.Module):
     loaded: tuple[LoadedTensor, ...] = ()  # what the parameters were made of
     checkpoint: Path | None = None  # and the directory that they came from
     adapter_hooks: tuple[RemovableHandle, ...] = ()
+    rows = 0  # of every product, where a GPU shall give a row the same bits in any step; see `layers.product`
+    shards: Shards | None = None  # of one that holds a part of each matrix
 
     def __init__(self, spec: ModelSpec, attention: Attention) -> None:
         super().__init__()
@@ -294,8 +297,9 @@ class Transformer(nn.Module):
         Stores the keys and values of the rows, then attends through the cache. `on_layer` is
         called after each layer.
         """
-        attend = self.attention if on_attention is None else _observed(self.attention, on_attention)
-        cache.begin_step(attention)
+        attend = self.attention if on_attention is None else _Observed(self.attention, on_attention)
+        if self.attention.reads_stale:
+            cache.begin_step(attention)
         x = self._embed(token_ids, positions)
         lengths = None
         if any(rope.spec.grows for rope in self._ropes):
@@ -338,7 +342,7 @@ class Transformer(nn.Module):
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[N, hidden_size]"""
-        x = self.embed(token_ids)
+        x = self.embed(token_ids) if self.shards is None else self.shards.embed(token_ids, self.embed.weight)
         if self.spec.embedding_multiplier != 1:
             x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype, device=x.device)
         if self.embed_in is not None:
@@ -355,7 +359,10 @@ class Transformer(nn.Module):
             hidden = self.embed_out(hidden)
         head = self.head if self.tied_head is None else self.tied_head
         assert head is not None
-        logits = head(hidden).float()
+        logits = head(hidden)
+        if self.shards is not None:
+            logits = self.shards.whole_logits(logits)
+        logits = logits.float()
         if self.logit_bias is not None:
             logits = logits + self.logit_bias.weight.float()
         if self.spec.logit_multiplier != 1:
@@ -376,24 +383,38 @@ class Transformer(nn.Module):
             if isinstance(module, Experts):
                 module.row_multiple = row_multiple
 
+    def fix_rows(self, rows: int) -> None:
+        """From now on products are of so many rows each; see `layers.product`."""
+        self.rows = rows
+        for module in self.modules():
+            if isinstance(module, Linear | Experts | TiedHead):
+                module.rows = rows
+
     def num_parameters(self) -> int:
         """Weights; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def stored(self) -> list[Tensor]:
         """The tensors that hold the weights."""
-        return list(self.parameters())
+        return [*self.parameters(), *self.buffers()]
 
 
-def _observed(attention: Attention, on_attention: OnAttention) -> Attention:
-    def attend(query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring) -> Tensor:
+class _Observed:
+    """An attention that tells what it multiplies."""
+
+    def __init__(self, attention: Attention, on_attention: OnAttention) -> None:
+        self.reads_stale = attention.reads_stale
+        self._attention = attention
+        self._on_attention = on_attention
+
+    def __call__(
+        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring
+    ) -> Tensor:
         if isinstance(batch, SourceBatch):
-            return attention(query, cache, layer, batch, scoring)
+            return self._attention(query, cache, layer, batch, scoring)
         size, slots = cache.block_size, batch.slot_mapping
-        on_attention(layer, query, cache.keys(layer)[slots // size, slots % size], scoring)
-        return attention(query, cache, layer, batch, scoring)
-
-    return attend
+        self._on_attention(layer, query, cache.keys(layer)[slots // size, slots % size], scoring)
+        return self._attention(query, cache, layer, batch, scoring)
 
 
 def _prompt_lengths(batch: AttentionBatch) -> Tensor | None:

@@ -52,6 +52,10 @@ class AdminConfig(SecurityConfig):
         None, GROUP, "most adapters served at a time; beyond: RESOURCE_EXHAUSTED", parse=integer(1, 4096),
         metavar="N", shown=str(DEFAULT_MAX_ADAPTERS),
     )  # fmt: skip
+    weights_root: Path | None = flag(  # noqa: RUF009
+        None, GROUP, "directory whose folders are the checkpoints that UpdateWeights may name", parse=Path,
+        metavar="DIR", shown="weights cannot be updated",
+    )  # fmt: skip
 
     @property
     def admin_is_open(self) -> bool:
@@ -78,6 +82,7 @@ def check_admin(config: AdminConfig, parser: configargparse.ArgumentParser) -> N
         "admin-tls-key": config.admin_tls_key,
         "admin-tls-client-ca": config.admin_tls_client_ca,
         "adapter-root": config.adapter_root,
+        "weights-root": config.weights_root,
     }
     given = next((name for name, value in flags.items() if value is not None), None)
     if config.admin_port is None and given is not None:

@@ -116,12 +116,14 @@ _IMPORTED = time.monotonic()
 
 @dataclass(slots=True)
 class StartupPhases:
-    """How long each part of the start took; printed as they end, and told by GetServerInfo."""
+    """How long each part of the start took; printed as they end, told to `tell` and by GetServerInfo."""
 
+    tell: Callable[[str, float], None]
     done: list[tuple[str, float]] = field(default_factory=list)
 
     def add(self, name: str, seconds: float) -> None:
         self.done.append((name, seconds))
+        self.tell(name, seconds)
         _say(f"  {name:<28}{seconds:8.3f} s")
 
     @contextmanager
@@ -148,8 +150,9 @@ def check_adapters(config: ServerConfig, name: str) -> None:
     """Raises StartError for an adapter that has the model's own name, and for a root that is not there."""
     if name in dict(config.adapter):
         raise StartError(f"--adapter {name}: that is the name of the model (--served-name)")
-    if config.adapter_root is not None and not config.adapter_root.is_dir():
-        raise StartError(f"--adapter-root {config.adapter_root}: is no directory")
+    for flag, root in (("--adapter-root", config.adapter_root), ("--weights-root", config.weights_root)):
+        if root is not None and not root.is_dir():
+            raise StartError(f"{flag} {root}: is no directory")
 
 
 def served_name(config: ServerConfig) -> str:
@@ -257,13 +260,13 @@ class Application:
         self._make_engine = make_engine
         self.name = served_name(config)
         check_adapters(config, self.name)
-        self.phases = StartupPhases()
         self.metrics = Metrics(
             self.name,
             methods=all_methods(admin=config.admin_port is not None),
             codes=STATUS_CODES,
             build={"version": version(), "device": config.device, "dtype": config.dtype},
         )
+        self.phases = StartupPhases(self.metrics.started_up)
         self.front = Front(self.metrics.rejected)
         self.admission = Admission(
             config.max_queued_requests, config.max_queued_tokens, self.metrics.rejected,
@@ -403,6 +406,7 @@ class Application:
             )
         self.front.serve(model, self.engine)
         self.rpc.adapters.serve(self.engine)
+        self.rpc.weights.serve(self.engine)
         self.rpc.set_ready(True)
         phases.add("since torch was imported", after_torch + time.monotonic() - ready_at)
         phases.add("since the process started", _process_age())

@@ -23,7 +23,7 @@ from salver.server.engine.changes import adapter_sources
 from salver.server.engine.config import EngineConfig
 from salver.server.flags import flag as _flag
 from salver.server.flags import integer as _integer
-from salver.server.flags import parse_duration, parse_size, port_or_off
+from salver.server.flags import parse_duration, parse_share, parse_size, port_or_off
 from salver.server.observability_config import ObservabilityConfig
 from salver.server.security_config import check_security
 
@@ -119,7 +119,8 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
     quantization: str = _flag(
         "none", "Compute", "int8: weights and what they multiply in 8 bits; int4: weights in 4 bits, by "
         "blocks of 32, those of a GGUF file as they are: smaller than bfloat16, some quality lost "
-        "(docs/performance.md); wants the native kernel", choices=("none", "int8", "int4"),
+        "(docs/performance.md); on a CPU they want the native kernel. A GPU has int8, and fp8: 8-bit floats",
+        choices=("none", "int8", "int4", "fp8"),
     )  # fmt: skip
     numerics: str = _flag(
         "exact", "Compute", "exact: an answer does not depend on what else is in the batch; fast: it may",
@@ -133,6 +134,14 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
     threads: int | None = _flag(
         None, "Compute", "CPU threads of the model", parse=_integer(1, 4096), metavar="N",
         shown="one per core",
+    )  # fmt: skip
+
+    tensor_parallel_size: int = _flag(
+        1, "Compute", "GPUs that share the model, each a part of every matrix; on a CPU, processes",
+        parse=_integer(1, 64), metavar="N",
+    )  # fmt: skip
+    cuda_graphs: bool = _flag(
+        True, "Compute", "on a GPU, launch decode steps kernel by kernel", negated=True,
     )  # fmt: skip
 
     max_model_len: int | None = _flag(
@@ -150,6 +159,10 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
     kv_cache_memory: int | None = _flag(
         None, "Batching", "memory of the key-value cache", parse=parse_size, metavar="SIZE",
         shown="chosen for the device",
+    )  # fmt: skip
+    gpu_memory_utilization: float = _flag(
+        0.9, "Batching", "share of a GPU's memory for weights, steps and, with what is left of it, the cache",
+        parse=parse_share, metavar="SHARE",
     )  # fmt: skip
     prefix_caching: bool = _flag(True, "Batching", "do not reuse the computed prefixes of earlier requests",
                                  negated=True)  # fmt: skip
@@ -235,10 +248,15 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_memory=self.kv_cache_memory,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            cuda_graphs=self.cuda_graphs,
+            tensor_parallel_size=self.tensor_parallel_size,
+            cache_dir=str(self.resolved_cache_dir),
             enable_prefix_caching=self.prefix_caching,
             weights_digest=weights_digest,
             check_integrity=self.check_integrity,
             speculation=self.resolved_speculation,
+            speculation_chosen=self.speculation == "auto" and self.speculative_model is None,
             num_draft_tokens=self.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
             speculative_model=str(speculative_checkpoint or ""),
             adapters=adapter_sources(self.adapter),
@@ -334,6 +352,7 @@ def parse_config(
     check_security(config, parser)
     check_admin(config, parser)
     _check_adapters(config, parser)
+    _check_ranks(config, parser)
     same_host = config.resolved_metrics_host == config.host
     if config.port and config.metrics_port == config.port and same_host:
         parser.error(f"argument --metrics-port: {config.port} is the gRPC port (--port) already")
@@ -346,6 +365,22 @@ def _check_adapters(config: ServerConfig, parser: configargparse.ArgumentParser)
     """No more of them than may be."""
     if config.adapter_root is not None and len(config.adapter) > config.resolved_max_adapters:
         parser.error(f"argument --adapter: {len(config.adapter)} are more than --max-adapters")
+
+
+def _check_ranks(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:
+    """What is not divided among several ranks."""
+    if config.tensor_parallel_size == 1:
+        return
+    for flag, given in (
+        ("--adapter", bool(config.adapter)),
+        ("--adapter-root", config.adapter_root is not None),
+        ("--weights-root", config.weights_root is not None),
+        ("--quantization", config.quantization != "none"),
+        ("--speculative-model", config.speculative_model is not None),
+        ("--kernels native", config.kernels == "native"),
+    ):
+        if given:
+            parser.error(f"argument --tensor-parallel-size: cannot be had with {flag}")
 
 
 def _check_speculation(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:

@@ -44,6 +44,17 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        raise configargparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0.0 < share <= 1.0:
+        raise configargparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
+    return share
+
+
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
 
 

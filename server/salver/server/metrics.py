@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     Info,
     ProcessCollector,
@@ -64,6 +65,12 @@ class Page(Protocol):
     def draft_tokens(self) -> int: ...
     @property
     def accepted_draft_tokens(self) -> int: ...
+    @property
+    def gpu_memory_used(self) -> int: ...
+    @property
+    def gpu_memory_total(self) -> int: ...
+    @property
+    def gpu_utilization(self) -> int: ...
 
 
 class WorkerView(Protocol):
@@ -126,6 +133,13 @@ class WorkerCollector(Collector):
             "Guesses at next tokens that were right.",
             page.accepted_draft_tokens if page else 0,
         )
+        if page and page.gpu_memory_total:
+            used, total = page.gpu_memory_used, page.gpu_memory_total
+            yield gauge("gpu_memory_used_bytes", "Memory of the GPU in use, by all processes.", used)
+            yield gauge("gpu_memory_total_bytes", "Memory of the GPU.", total)
+            if page.gpu_utilization:
+                share = (page.gpu_utilization - 1) / 100
+                yield gauge("gpu_utilization_ratio", "Share of the last second that the GPU computed.", share)
         yield counter("worker_restarts", "Worker processes started anew.", worker.restarts if worker else 0)
 
 
@@ -192,6 +206,21 @@ class Metrics:
             "step_model_duration_seconds", "Of a step, inside the model's forward pass.", STEP_BUCKETS
         )
 
+        self._weights_version = Gauge(
+            "salver_weights_version", "Of the base's weights: 1 at the start, one more with every update.",
+            ["model"], registry=self.registry,
+        ).labels(model)  # fmt: skip
+        self._weights_version.set(1)
+        self._weights_pause = histogram(
+            "weights_update_pause_seconds", "How long steps stood still for other weights.", LATENCY_BUCKETS
+        )
+
+        self._model = model
+        self._device_seconds = Counter(
+            "salver_device_seconds_total", "Time of steps, divided among the tenants for whom they computed.",
+            ["model", "tenant"], registry=self.registry,
+        )  # fmt: skip
+        self._device_seconds.labels(model, "")  # of a server without tokens, everybody
         rejections = Counter(
             "salver_rejections_total", "Requests refused: for want of capacity, or of the right to call.",
             ["model", "reason"], registry=self.registry,
@@ -212,6 +241,11 @@ class Metrics:
             for what in RELOADS
             for good in (True, False)
         }
+
+        self._startup = Gauge(
+            "salver_startup_phase_seconds", "Duration of each part of the start, once it has ended.",
+            ["model", "phase"], registry=self.registry,
+        )  # fmt: skip
 
         labels = ["grpc_type", "grpc_service", "grpc_method"]
         self._started = Counter("grpc_server_started_total", "Calls started.", labels, registry=self.registry)
@@ -246,9 +280,18 @@ class Metrics:
             self._handled.labels(*names, code).inc()
             self._handling.labels(*names).observe(seconds)
 
+    def started_up(self, phase: str, seconds: float) -> None:
+        """A part of the start has ended."""
+        self._startup.labels(self._model, phase).set(seconds)
+
     def rejected(self, reason: str) -> None:
         """A request was refused; `reason` is one of REJECTIONS."""
         self._rejections[reason].inc()
+
+    def weights_updated(self, version: int, pause: float) -> None:
+        """Other weights are in force; steps stood still for so many seconds."""
+        self._weights_version.set(version)
+        self._weights_pause.observe(pause)
 
     def reloaded(self, what: str, good: bool) -> None:
         """The files of `what` (one of RELOADS) had changed, and were good or not."""
@@ -283,6 +326,8 @@ class Metrics:
             self._batch_tokens.observe(message.stats.num_tokens)
             self._step_duration.observe(message.stats.duration)
             self._step_model_duration.observe(message.stats.model_duration)
+            for tenant, nanoseconds in message.stats.tenants:
+                self._device_seconds.labels(self._model, tenant).inc(nanoseconds / 1e9)
 
 
 def _method_labels(method: str, request_streams: bool, response_streams: bool) -> tuple[str, str, str]:

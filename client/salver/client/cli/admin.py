@@ -1,4 +1,4 @@
-"""`salver adapters`: what an admin port changes."""
+"""`salver adapters` and `salver weights`: what an admin port changes."""
 
 from __future__ import annotations
 
@@ -56,3 +56,15 @@ def _row(adapter: Adapter) -> tuple[object, ...]:
         adapter.name, adapter.version, adapter.rank, f"{adapter.num_bytes:,}", adapter.num_running,
         adapter.num_waiting, "retired" if adapter.retired else "",
     )  # fmt: skip
+
+
+def update_weights(options: argparse.Namespace) -> None:
+    with _connect(options) as client:
+        done = client.update_weights(options.directory, options.in_flight, timeout=options.timeout)
+    if options.json:
+        as_json(done)
+    elif done.unchanged:
+        print(f"version {done.version} has these files already")
+    else:
+        counts = {"abort": f", {done.num_aborted} calls aborted", "keep": f", {done.num_kept} calls kept"}
+        print(f"version {done.version}{counts.get(options.in_flight, '')}, pause {done.pause * 1000:.1f} ms")

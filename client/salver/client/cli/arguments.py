@@ -161,6 +161,15 @@ def _admin_commands(subparsers: Any) -> None:
     unload.add_argument("--abort", action="store_true", help="end its calls, in place of waiting for them")
     _command(actions, "list", admin.list_adapters, "what is loaded, and who uses it", admin=True)
 
+    weights = subparsers.add_parser("weights", help="replace the base's weights (admin port)")
+    actions = weights.add_subparsers(title="actions", metavar="ACTION", required=True)
+    update = _command(actions, "update", admin.update_weights, "serve other weights", admin=True)
+    update.add_argument("directory", help="a checkpoint under --weights-root")
+    update.add_argument(
+        "--in-flight", choices=("wait", "abort", "keep"), default="wait",
+        help="calls that run are waited for (default), aborted, or go on with the new weights",
+    )  # fmt: skip
+
 
 def _inspection_commands(subparsers: Any) -> None:
     flags = [entry for entry in _SAMPLING if entry[0] not in _OF_WHOLE_ANSWERS]
@@ -171,11 +180,14 @@ def _inspection_commands(subparsers: Any) -> None:
     found.add_argument("--show", type=int, default=5, metavar="N", help="tokens of each step (default: 5)")
     for flag, kind, text in flags:
         found.add_argument(flag, type=kind, help=text)
+    found.add_argument("--chat", action="store_true", help="the text is a message: of the answer to it")
+    found.add_argument("--regex", help="of an answer that follows it")
     found.add_argument("--bad-words", nargs="+", metavar="WORD", help="never write these")
     found.add_argument("--allowed-words", nargs="+", metavar="WORD", help="write nothing but these")
 
     seen = _command(subparsers, "attention", inspection.attention, "which words attend to which")
     seen.add_argument("text", help="- reads it from standard input")
+    seen.add_argument("--pair", metavar="TEXT", help="a second text, read together with the first (encoders)")
     seen.add_argument("--word", help="what this word attends to; all words when left out")
     seen.add_argument("--layer", type=int, help="from 0; the last when left out")
     which = seen.add_mutually_exclusive_group()
@@ -216,6 +228,9 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ignore-eos", action="store_true", default=None, help="go on past the end of sequence"
     )
+    group.add_argument(
+        "--explain", action="store_true", default=None, help="also tell where the time went, and what it cost"
+    )
 
 
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -229,6 +244,7 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
         "bad_words",
         "allowed_words",
         "ignore_eos",
+        "explain",
         "timeout",
         "n",
     ]

@@ -8,6 +8,7 @@ import sys
 from salver.client.cli.connection import connect
 from salver.client.cli.output import as_json, read_text, table
 from salver.client.client import Stream
+from salver.client.types import GenerateResult
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -27,6 +28,7 @@ def generate(options: argparse.Namespace) -> None:
             for completion in result.completions:
                 score = "" if completion.score is None else f" {completion.score:.4f}"
                 print(f"[{completion.index}{score}] {completion.text}")
+            print_explanation(result)
             return
         with client.stream_generate(prompt, **given) as stream:
             print_stream(stream)
@@ -38,7 +40,23 @@ def print_stream(stream: Stream) -> str:
         sys.stdout.write(delta.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    print_explanation(stream.result)
     return stream.result.text
+
+
+def print_explanation(result: GenerateResult) -> None:
+    """Where the time of a request with --explain went, the largest part first, and its bill."""
+    found = result.explanation
+    if found is None:
+        return
+    total = sum(found.causes.values())
+    rows = [
+        (cause.value.replace("_", " "), f"{seconds * 1000:.1f}", f"{seconds / total:.0%}")
+        for cause, seconds in sorted(found.causes.items(), key=lambda item: -item[1])
+    ]
+    print()
+    table(("cause", "ms", ""), [*rows, ("total", f"{total * 1000:.1f}", "")])
+    print(f"bill: {found.device_seconds:.6f} device-seconds")
 
 
 def score(options: argparse.Namespace) -> None:

@@ -68,7 +68,8 @@ def deploy_check(options: argparse.Namespace) -> int:
         found("tokens", lambda: _tokens(options))
         found("metrics", lambda: _metrics(options.metrics))
         if options.watch:
-            found("rolling restart", lambda: _watch(client, options.watch, options.streams))
+            end = time.monotonic() + options.watch
+            found("rolling restart", lambda: watch(client, lambda: time.monotonic() < end, options.streams))
     if options.json:
         as_json(findings)
     else:
@@ -186,12 +187,15 @@ class _Load:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def _watch(client: Client, seconds: float, streams: int) -> tuple[str, str]:
-    """Streams one after another in each of `streams` threads; restart the deployment meanwhile."""
-    load, end = _Load(), time.monotonic() + seconds
+def watch(client: Client, going_on: Callable[[], bool], streams: int) -> tuple[str, str]:
+    """Streams one after another in each of `streams` threads; restart the deployment meanwhile.
+
+    FAIL when one was lost: ended by an error, whatever the client did to resume it.
+    """
+    load = _Load()
 
     def run() -> None:
-        while time.monotonic() < end:
+        while going_on():
             lost = ""
             resumptions = 0
             try:

@@ -8,13 +8,16 @@ from typing import Any
 from salver.client.cli import attention_drawing as drawing
 from salver.client.cli.connection import UsageError, connect
 from salver.client.cli.output import as_json, read_text, table
+from salver.client.types import Message
 
 
 def distribution(options: argparse.Namespace, names: tuple[str, ...]) -> None:
     """What each step of sampling makes of the next token's distribution."""
-    given: Any = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given: Any = {name: value for name in (*names, "regex") if (value := getattr(options, name)) is not None}
+    text = read_text(options.text)
+    prompt = [Message.user(text)] if options.chat else text
     with connect(options) as client:
-        steps = client.get_distribution(read_text(options.text), num_candidates=options.show, **given)
+        steps = client.get_distribution(prompt, num_candidates=options.show, **given)
     if options.json:
         as_json(steps)
         return
@@ -40,7 +43,7 @@ def attention(options: argparse.Namespace) -> None:
     view = "rollout" if options.rollout else "head_mean"
     if options.head is not None:
         chosen["heads"], view = [options.head], "raw"
-    for name in ("truncate", "model", "timeout"):
+    for name in ("pair", "truncate", "model", "timeout"):
         if (value := getattr(options, name)) is not None:
             chosen[name] = value
     with connect(options) as client:
@@ -48,8 +51,10 @@ def attention(options: argparse.Namespace) -> None:
     if options.json:
         as_json(found)
         return
+    texts = (text, options.pair or "")
     labels = [
-        text[u.start : u.end].strip() or u.token.decode("utf-8", "replace").strip() for u in found.units
+        texts[u.text][u.start : u.end].strip() or u.token.decode("utf-8", "replace").strip()
+        for u in found.units
     ]
     matrix = found.matrices[-1]
     what = {"rollout": "rollout", "head_mean": "mean of heads", "raw": f"head {options.head}"}[view]

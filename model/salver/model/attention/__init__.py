@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,7 +20,12 @@ __all__ = [
 
 
 class Attention(Protocol):
-    """Causal attention of the rows of a step over the keys and values of their sequences."""
+    """Causal attention of the rows of a step over the keys and values of their sequences.
+
+    reads_stale: it multiplies what is masked, so that a block must be cleared before it is filled.
+    """
+
+    reads_stale: bool
 
     def __call__(
         self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring
@@ -31,13 +37,18 @@ class Attention(Protocol):
         ...
 
 
-def choose(device: torch.device, numerics: str, dtype: torch.dtype) -> Attention:
+def choose(device: torch.device, numerics: str, dtype: torch.dtype, *, sources: bool = False) -> Attention:
     """The implementation for a device and a numerics mode ("exact" or "fast").
 
-    The gathering one is made for the CPU and right on any device that torch knows.
+    The gathering one is made for the CPU and right on any device that torch knows: also on a GPU without
+    Triton, and for rows that attend to `sources` or by distance, which the kernels there don't know.
     """
     from .cpu import GatheringAttention
 
     if numerics not in ("exact", "fast"):
         raise ValueError(f"numerics must be exact or fast, not {numerics!r}")
+    if device.type == "cuda" and not sources and importlib.util.find_spec("triton") is not None:
+        from .cuda import CudaAttention
+
+        return CudaAttention(exact=numerics == "exact")
     return GatheringAttention(exact=numerics == "exact")

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..transfer import tensor_on
+
 _T = TypeVar("_T")
 
 
@@ -25,6 +27,8 @@ class AttentionBatch:
         source: of an encoder-decoder, where its rows find their sources.
         prompt_lens: [S] tokens of each sequence's prompt, where positions depend on it (ropes that
             grow); empty: each row is taken for its sequence's last.
+        query_starts, lengths: cu_seqlens_q and seq_lens as int64 on the device, for kernels that read them
+            there; None: made when a kernel asks.
     """
 
     cu_seqlens_q: list[int]
@@ -33,12 +37,22 @@ class AttentionBatch:
     slot_mapping: Tensor
     prompt_lens: list[int] = field(default_factory=list)
     source: SourceBatch | None = None
+    query_starts: Tensor | None = None
+    lengths: Tensor | None = None
     _derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
         """Rows that are not padding."""
         return self.cu_seqlens_q[-1]
+
+    def on_device(self) -> tuple[Tensor, Tensor]:
+        """`query_starts` and `lengths`."""
+        if self.query_starts is None or self.lengths is None:
+            device = self.slot_mapping.device
+            self.query_starts = tensor_on(device, self.cu_seqlens_q, torch.int64)
+            self.lengths = tensor_on(device, self.seq_lens, torch.int64)
+        return self.query_starts, self.lengths
 
     def derive(self, build: Callable[[AttentionBatch], _T]) -> _T:
         """`build(self)`, computed once for all layers of the step."""

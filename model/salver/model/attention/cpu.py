@@ -54,6 +54,8 @@ class GatheringAttention:
     keys are padded and queries chunked, up to a last rounding; half precisions in float32.
     """
 
+    reads_stale = True
+
     def __init__(self, *, exact: bool) -> None:
         self.exact = exact
         self._scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

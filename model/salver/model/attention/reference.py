@@ -13,6 +13,8 @@ from .scoring import Scoring
 class ReferenceAttention:
     """softmax(scoring(q k)) v, sequence by sequence."""
 
+    reads_stale = True
+
     def __call__(
         self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring
     ) -> Tensor:

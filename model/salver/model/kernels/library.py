@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .build import KernelUnavailable
 
-VERSION = 4
+VERSION = 6
 PANEL = 32  # columns of a packed panel
 LANES = 16
+TILE = 64  # keys of a tile of attention
 BLOCK_SIZE = 16  # tokens of a cache block: the sixteen lanes of a register
 MAX_HEAD_DIM = 256
 MAX_WIDTH = 32768
@@ -63,7 +64,11 @@ class Kind(IntEnum):
     ATTEND = 5
     QUANTIZE = 6
     PROGRESS = 7
-    SHRINK = 8
+    ADD_SEGMENTS = 8
+    ROTATE = 9
+    ATTEND_WHOLE = 10
+    ATTEND_SOURCE = 11
+    SHRINK = 12
 
 
 class Epilogue(IntEnum):
@@ -75,7 +80,16 @@ class Epilogue(IntEnum):
     GATED = 3
 
 
-ACTIVATIONS = {"silu": 1, "swish": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu": 4}
+ACTIVATIONS = {
+    "silu": 1,
+    "swish": 1,
+    "gelu": 2,
+    "gelu_python": 2,
+    "gelu_new": 3,
+    "gelu_fast": 3,
+    "gelu_pytorch_tanh": 3,
+    "relu": 4,
+}
 
 
 class CBuffer(ctypes.Structure):
@@ -112,6 +126,7 @@ class COperation(ctypes.Structure):
         ("out", c_int32),
         ("weight", c_int32),
         ("extra", c_int32),
+        ("window", c_int32),
         ("epilogue", c_int32),
         ("activation", c_int32),
         ("scale", c_void_p),
@@ -165,6 +180,7 @@ class CStep(ctypes.Structure):
         ("num_sequences", c_int32),
         ("token_ids", c_void_p),
         ("positions", c_void_p),
+        ("segments", c_void_p),
         ("slots", c_void_p),
         ("query_starts", c_void_p),
         ("lengths", c_void_p),
@@ -172,6 +188,9 @@ class CStep(ctypes.Structure):
         ("table_stride", c_int64),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("local_cos", c_void_p),
+        ("local_sin", c_void_p),
+        ("source", c_void_p),
         ("adapters", c_void_p),
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from salver.model.transfer import tensor_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def token_logprobs(
     if not token_ids:
         return []
     logprobs = logits.float().log_softmax(dim=-1)
-    index = torch.tensor(token_ids, device=logits.device)[:, None]
+    index = tensor_on(logits.device, token_ids)[:, None]
     chosen = logprobs.gather(1, index)
     ranks = (logprobs > chosen).sum(dim=-1) + 1
     most = min(max(top_k), logits.shape[1])
@@ -59,5 +60,5 @@ def token_logprobs(
 def _named(logprobs: Tensor, token_ids: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
     if not token_ids:
         return ()
-    found = logprobs[torch.tensor(token_ids, device=logprobs.device)].tolist()
+    found = logprobs[tensor_on(logprobs.device, token_ids)].tolist()
     return tuple(zip(token_ids, found, strict=True))

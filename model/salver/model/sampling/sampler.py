@@ -10,27 +10,38 @@ from torch import Tensor
 from salver.model.noise import uniforms
 from salver.model.sampling.rows import SamplingRow
 from salver.model.sampling.steps import STEPS
+from salver.model.transfer import on_device, tensor_on
 
 INVALID = -1
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """logits float32 [R, V], left as they are -> one token id a row.
+    """`choose` as a list: waits for the device."""
+    if not rows:
+        return []
+    tokens: list[int] = choose(logits, rows).tolist()
+    return tokens
+
+
+def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """logits float32 [R, V], left as they are -> int64 [R], one token id a row, on their device.
 
     A drawn token is the inverse of the cumulative distribution, in vocabulary order, at the
     row's uniform. A row's token depends on that row alone. INVALID for a row without a
-    finite logit, or with NaN.
+    finite logit, or with NaN. Waits for the device where a row asks for top_p alone.
     """
-    if not rows:
-        return []
     logits = process(logits, rows)
     best = logits.max(dim=-1)
-    tokens: list[int] = torch.where(best.values.isfinite(), best.indices, INVALID).tolist()
-    drawing = [i for i, row in enumerate(rows) if row.temperature > 0 and tokens[i] != INVALID]
-    if drawing:
-        for i, token in zip(drawing, _draw(logits[drawing], [rows[i] for i in drawing]), strict=True):
-            tokens[i] = token
-    return tokens
+    tokens = best.indices
+    drawing = [i for i, row in enumerate(rows) if row.temperature > 0]
+    if len(drawing) == len(rows):
+        tokens = _draw(logits, rows)
+    elif drawing:
+        index = tensor_on(logits.device, drawing)
+        drawn = _draw(logits.index_select(0, index), [rows[i] for i in drawing])
+        tokens = tokens.index_copy(0, index, drawn)
+    # What was drawn from no weights, or from NaN, is no token.
+    return torch.where(best.values.isfinite(), tokens, INVALID)
 
 
 def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -45,7 +56,7 @@ def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         if len(concerned) == len(rows):
             step.apply(logits, rows)
         else:
-            index = torch.tensor(concerned, device=logits.device)
+            index = tensor_on(logits.device, concerned)
             part = logits.index_select(0, index)
             step.apply(part, [rows[i] for i in concerned])
             logits.index_copy_(0, index, part)
@@ -57,17 +68,19 @@ def weights(logits: Tensor) -> Tensor:
     return (logits - logits.amax(dim=-1, keepdim=True)).exp()
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """int64 [R]. The noise is made on the host, which knows all that it depends on: a hundred small
+    operations on a device would cost more than to send a number for each row.
+    """
     cumulative = weights(logits).cumsum(dim=-1, dtype=torch.float64)
     noise = uniforms(
         [row.seed for row in rows],
         [row.sample_index for row in rows],
         [len(row.output_token_ids) for row in rows],
     )
-    target = torch.from_numpy(noise).to(logits.device)[:, None] * cumulative[:, -1:]
+    target = on_device(torch.from_numpy(noise), logits.device)[:, None] * cumulative[:, -1:]
     # right=True: the first token whose cumulative weight exceeds the target, never one of weight zero.
     found = torch.searchsorted(cumulative, target, right=True)
     # Rounding can put the target on the total itself: then the last token of any weight.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    drawn: list[int] = torch.minimum(found, last)[:, 0].tolist()
-    return drawn
+    return torch.minimum(found, last)[:, 0]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from salver.model.sampling.exclusions import allowed_next, ends_of_bad_words, ends_of_ngrams
 from salver.model.sampling.rows import SamplingRow
+from salver.model.transfer import on_device, tensor_on
 
 CANDIDATES = 256  # of the vocabulary; enough for nearly every top_p, a full sort does the others
 
@@ -34,29 +35,29 @@ def _penalties(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     """Repetition (CTRL, Keskar et al. 2019) over prompt and output; the others over the output."""
     for row, parameters in zip(logits, rows, strict=True):
         if parameters.repetition_penalty != 1.0:
-            seen = torch.tensor(
-                sorted({*parameters.prompt_token_ids, *parameters.output_token_ids}), device=logits.device
+            seen = tensor_on(
+                logits.device, sorted({*parameters.prompt_token_ids, *parameters.output_token_ids})
             )
             found = row[seen]
             penalty = parameters.repetition_penalty
             row[seen] = torch.where(found < 0, found * penalty, found / penalty)
         if parameters.output_token_ids and (parameters.presence_penalty or parameters.frequency_penalty):
             counts = Counter(parameters.output_token_ids)
-            ids = torch.tensor(list(counts), device=logits.device)
-            times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+            ids = tensor_on(logits.device, list(counts))
+            times = tensor_on(logits.device, list(counts.values()), logits.dtype)
             row[ids] -= parameters.presence_penalty + parameters.frequency_penalty * times
 
 
 def _logit_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     for row, parameters in zip(logits, rows, strict=True):
         ids, biases = zip(*parameters.logit_bias, strict=True)
-        index = torch.tensor(ids, device=logits.device)
-        row.index_add_(0, index, torch.tensor(biases, dtype=logits.dtype, device=logits.device))
+        index = tensor_on(logits.device, ids)
+        row.index_add_(0, index, tensor_on(logits.device, biases, logits.dtype))
 
 
 def _banned(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     for row, parameters in zip(logits, rows, strict=True):
-        row[torch.tensor(sorted(parameters.banned_token_ids), device=logits.device)] = float("-inf")
+        row[tensor_on(logits.device, sorted(parameters.banned_token_ids))] = float("-inf")
 
 
 def _no_repeat_ngram(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -86,17 +87,17 @@ def _allowed(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 def _grammar(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     excluded = np.stack([row.mask[: logits.shape[1]] for row in rows if row.mask is not None])
     known = excluded.shape[1]
-    logits[:, :known].masked_fill_(torch.from_numpy(excluded).to(logits.device), float("-inf"))
+    logits[:, :known].masked_fill_(on_device(torch.from_numpy(excluded), logits.device), float("-inf"))
     logits[:, known:] = float("-inf")
 
 
 def _exclude(row: Tensor, token_ids: set[int]) -> None:
     if token_ids:
-        row[torch.tensor(sorted(token_ids), device=row.device)] = float("-inf")
+        row[tensor_on(row.device, sorted(token_ids))] = float("-inf")
 
 
 def _exclude_others(row: Tensor, token_ids: set[int]) -> None:
-    index = torch.tensor(sorted(token_ids), dtype=torch.int64, device=row.device)
+    index = tensor_on(row.device, sorted(token_ids), torch.int64)
     kept = row[index]
     row.fill_(float("-inf"))
     row[index] = kept
@@ -112,7 +113,7 @@ def _top_k(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     """The k most probable, and those that equal the last of them."""
     sizes = [min(row.top_k, logits.shape[1]) for row in rows]
     best = logits.topk(max(sizes), dim=-1).values
-    last = best.gather(1, torch.tensor(sizes, device=logits.device)[:, None] - 1)
+    last = best.gather(1, tensor_on(logits.device, sizes)[:, None] - 1)
     logits.masked_fill_(logits < last, float("-inf"))
 
 
@@ -161,7 +162,7 @@ def _typical_p(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def _column(like: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return tensor_on(like.device, values, like.dtype)[:, None]
 
 
 def _samples(row: SamplingRow) -> bool:

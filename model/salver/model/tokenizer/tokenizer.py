@@ -97,6 +97,12 @@ class Tokenizer:
             return [index for index, _, _ in self._pieces.encode(text, special=False, output=True)]
         return self.encode(text, add_special_tokens=False)
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether something stands between the texts of a pair; else they would run into one another."""
+        count = self._backend.num_special_tokens_to_add
+        return bool(count(True) > count(False))
+
     def encode_input(self, text: str, pair: str | None = None) -> EncodedText:
         """A text, or a pair that is read together, with its special tokens."""
         (encoding,) = self._backend.encode_batch([text if pair is None else (text, pair)])

@@ -12,6 +12,9 @@ from salver.server.engine.channel import ChannelClosed, FrameDecoder, encode_fra
 class AsyncChannel(asyncio.Protocol):
     """Sends without blocking and keeps order; hands every received message to `on_message`.
 
+    What is sent within one turn of the loop goes out as one write, so that a worker that wakes for the
+    first of a call's inputs finds all of them.
+
     What the worker has not read yet is queued here without bound: the bound is
     admission's, which counts requests. `on_closed` is called once, after the last message,
     when the other side closed or `close` was called.
@@ -23,6 +26,7 @@ class AsyncChannel(asyncio.Protocol):
         self._decoder = FrameDecoder()
         self._transport: asyncio.Transport | None = None
         self._closed = False
+        self._unsent: list[bytes] = []
 
     @classmethod
     async def open(
@@ -38,11 +42,19 @@ class AsyncChannel(asyncio.Protocol):
         """Queues one message. Raises ChannelClosed when the channel is already known to be closed."""
         if self._transport is None or self._closed or self._transport.is_closing():
             raise ChannelClosed("the worker's channel is closed")
-        self._transport.write(encode_frame(message))
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(encode_frame(message))
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        if unsent and self._transport is not None and not self._closed:
+            self._transport.write(b"".join(unsent))
 
     def close(self) -> None:
         """Closes at once; what was queued and not written yet is dropped. May be called twice."""
         if self._transport is not None:
+            self._flush()
             self._transport.abort()
 
     # asyncio.Protocol

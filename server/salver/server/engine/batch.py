@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from salver.model.attention import AttentionBatch
+from salver.model.transfer import tensor_on
 
 
 @dataclass(slots=True)
@@ -55,16 +57,26 @@ def build_batch(parts: list[Part], block_size: int, *, row_multiple: int, device
     positions += [0] * padding
     slots += [i % block_size for i in range(padding)]
     widest = max(len(part.block_table) for part in parts)
-    tables = [part.block_table + [0] * (widest - len(part.block_table)) for part in parts]
+    lengths = [part.end for part in parts]
+    # One transfer for all: on a GPU each has its price.
+    lists = [token_ids, positions, slots, bounds, lengths]
+    lists += [part.block_table + [0] * (widest - len(part.block_table)) for part in parts]
+    packed = tensor_on(device, list(chain.from_iterable(lists)), torch.int64)
+    rows = len(token_ids)
+    ids, places, slot_mapping, starts, ends, tables = torch.split(
+        packed, [rows, rows, rows, len(bounds), len(parts), widest * len(parts)]
+    )
     return Batch(
-        torch.tensor(token_ids, device=device),
-        torch.tensor(positions, device=device),
+        ids,
+        places,
         AttentionBatch(
             cu_seqlens_q=bounds,
-            seq_lens=[part.end for part in parts],
-            block_tables=torch.tensor(tables, device=device),
-            slot_mapping=torch.tensor(slots, device=device),
+            seq_lens=lengths,
+            block_tables=tables.view(len(parts), widest),
+            slot_mapping=slot_mapping,
             prompt_lens=[part.prompt_len for part in parts],
+            query_starts=starts,
+            lengths=ends,
         ),
         bounds[:-1],
     )

@@ -54,8 +54,10 @@ class Answer:
 class BeamSearch:
     """The beams of one request, best first, and its best answers so far, best first."""
 
-    def __init__(self, params: BeamParams, stopping: StoppingParams) -> None:
+    def __init__(self, params: BeamParams, stopping: StoppingParams, num_forced: int = 0) -> None:
+        """`num_forced`: tokens before the output that transformers counts into it (`forced_bos_token_id`)."""
         self.params = params
+        self._num_forced = num_forced
         self.beams = [Beam()]
         self.answers: list[Answer] = []
         self.ended = False
@@ -70,7 +72,8 @@ class BeamSearch:
         most = self.params.num_beams
         self._length += 1
         at_end = self._length >= self._stopping.max_tokens
-        penalty = self._length**self.params.length_penalty
+        penalty = self._penalty(self._length)
+        forced = at_end and self._stopping.forced_eos_token_id is not None
         # Among equals: the better beam, then the lower id.
         ordered = sorted(
             (-(beam.score + candidate.logprob), parent, candidate.token_id, candidate)
@@ -90,7 +93,7 @@ class BeamSearch:
             token_ids = (*before.token_ids, token_id)
             logprobs = before.logprobs if candidate.told is None else (*before.logprobs, candidate.told)
             if ends:
-                reason = FinishReason.STOP if stops else FinishReason.LENGTH
+                reason = FinishReason.STOP if stops and not forced else FinishReason.LENGTH
                 self.answers.append(Answer(token_ids, -cost / penalty, reason, logprobs))
             else:
                 children.append((parent, token_id))
@@ -111,7 +114,11 @@ class BeamSearch:
         length = self._length
         if params.early_stopping == "never" and params.length_penalty > 0:
             length = self._stopping.max_tokens
-        return self.beams[0].score / length**params.length_penalty <= self.answers[-1].score
+        return self.beams[0].score / self._penalty(length) <= self.answers[-1].score
+
+    def _penalty(self, length: int) -> float:
+        found: float = (length + self._num_forced) ** self.params.length_penalty
+        return found
 
 
 def num_candidates(params: BeamParams, stopping: StoppingParams) -> int:

@@ -32,7 +32,8 @@ class BeamGroup:
 
     def __init__(self, leader: Sequence, params: BeamParams) -> None:
         self.request = leader.request
-        self.search = BeamSearch(params, leader.request.stopping)
+        request = leader.request
+        self.search = BeamSearch(params, request.stopping, max(0, request.num_start_tokens - 1))
         self.live = [leader]  # the sequence of each of the search's beams
         self.spare: list[Sequence] = []  # hold nothing, for beams to come
         self.candidates: dict[Sequence, list[Candidate]] = {}  # of the beams that are computed already
@@ -66,11 +67,12 @@ class BeamGroup:
 
     def _output(self, index: int, answer: Answer | None) -> SequenceOutput:
         timings = self.live[0].timings()
+        account = self.live[0].account
         if index != self.sample_indices[0]:
-            timings.preemptions = 0  # they are counted once
+            timings.preemptions, account = 0, None  # they are counted once
         output = SequenceOutput(
             self.request.request_id, index, finish_reason=FinishReason.ABORT,
-            num_cached_tokens=self.live[0].num_cached_tokens, timings=timings,
+            num_cached_tokens=self.live[0].num_cached_tokens, timings=timings, account=account,
         )  # fmt: skip
         if answer is not None:
             output.token_ids, output.finish_reason = list(answer.token_ids), answer.reason
@@ -172,7 +174,7 @@ class BeamGroups:
         pool.share(table)
         if part:
             copy = pool.allocate(1)
-            self._scheduler.copies.append((parent.block_table[full], *copy))
+            self._scheduler.copies.append((parent.block_table[full], copy[0]))
             table += copy
         return table
 
@@ -223,6 +225,8 @@ class BeamGroups:
         del self._running[group.request.request_id]
         group.candidates.clear()
         leader, *others = sorted(group.live, key=lambda beam: beam.sample_index)
+        if leader.account is not None:
+            leader.account.preempted(scheduler.now, max(beam.num_computed_tokens for beam in group.live))
         for beam in group.live:
             self._stop(beam)
             beam.followers = []

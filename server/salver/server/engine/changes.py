@@ -61,7 +61,35 @@ class DropAdapter:
     key: str
 
 
-Change = LoadAdapter | DropAdapter
+@dataclass(frozen=True, slots=True)
+class StageWeights:
+    """Front to worker: read and check a checkpoint's weights, and hold them ready. Those staged before go."""
+
+    ticket: int
+    directory: str
+    digest: str  # of its files, by the front
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyWeights:
+    """Front to worker: compute with the weights that were staged under the ticket `staged`.
+
+    Prefixes computed before are found no more. Sequences that are there go on.
+    """
+
+    ticket: int
+    staged: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropWeights:
+    """Front to worker: those are not wanted, if they still wait."""
+
+    ticket: int
+    staged: int
+
+
+Change = LoadAdapter | DropAdapter | StageWeights | ApplyWeights | DropWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +101,4 @@ class Changed:
     message: str = ""  # of a refusal
     adapter: AdapterFacts | None = None  # that was loaded
     pause: float = 0.0  # seconds that steps stood still for it
+    numerics_id: str = ""  # with the weights that were applied

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from salver.server.engine.accounting import StepAccounting
 from salver.server.engine.beam import Candidate, beam_capacity
 from salver.server.engine.beam_groups import BeamGroup
 from salver.server.engine.blocks import BlockPool
@@ -117,6 +118,7 @@ class EngineCore:
         self.generated_tokens = 0
         self.runner = runner
         self._clock = clock
+        self._accounting = StepAccounting()
         self._pending = _Pending()
         self._started: set[int] = set()  # unfinished requests whose start was told
 
@@ -156,36 +158,59 @@ class EngineCore:
         computing them ends this process, the other side knows whom it computed.
         """
         begin = self._clock()
+        schedule = self._plan(begin, announce)
+        stats = None
+        if schedule.scheduled:
+            stats = self._took(schedule, self._execute(schedule), begin)
+        return self._message(stats)
+
+    def _plan(self, begin: float, announce: Callable[[StepMessage], None] | None) -> Schedule:
+        """What the next step computes; whom it begins with is told, or will be with the step's outputs."""
         for sequence in self.scheduler.expired(begin):
             self._finish(sequence, FinishReason.DEADLINE)
         schedule = self.scheduler.schedule(begin)
-        stats = None
         for sequence in schedule.started:
             request_id = sequence.request.request_id
             if request_id not in self._started:
                 self._started.add(request_id)
                 self._pending.started.append((request_id, begin - sequence.arrival))
-        if schedule.scheduled:
-            if announce is not None and self._pending.started:
-                announce(StepMessage([], self._pending.started, None))
-                self._pending.started = []
-            result = self._execute(schedule)
-            now = self._clock()
-            for item, row in zip(schedule.scheduled, result.rows, strict=True):
-                self._take(item, row, now)
-            for group in self.scheduler.beams.complete():
-                self._choose_beams(group, now)
-            self.steps += 1
-            stats = StepStats(
-                schedule.num_tokens, len(schedule.scheduled), self._clock() - begin, result.model_duration,
-                sum(i.num_tokens - len(i.draft) - 1 + i.num_source_tokens for i in schedule.scheduled),
-            )  # fmt: skip
+        if schedule.scheduled and announce is not None and self._pending.started:
+            announce(StepMessage([], self._pending.started, None))
+            self._pending.started = []
+        return schedule
+
+    def _took(self, schedule: Schedule, result: StepResult, begin: float) -> StepStats:
+        """Applies a computed step that began at `begin`."""
+        now = self._clock()
+        self._accounting.computed(schedule.scheduled, begin, now)
+        for item, row in zip(schedule.scheduled, result.rows, strict=True):
+            self._take(item, row, now)
+        for group in self.scheduler.beams.complete():
+            self._choose_beams(group, now)
+        self.steps += 1
+        return self._stats(schedule, self._clock() - begin, result.model_duration)
+
+    def _stats(self, schedule: Schedule, duration: float, model_duration: float) -> StepStats:
+        return StepStats(
+            schedule.num_tokens, len(schedule.scheduled), duration, model_duration,
+            sum(i.num_tokens - len(i.draft) - 1 + i.num_source_tokens for i in schedule.scheduled),
+            self._accounting.charge(schedule.scheduled, duration),
+        )  # fmt: skip
+
+    def _message(self, stats: StepStats | None) -> StepMessage | None:
+        """What was gathered since the last message; None when it is nothing."""
         if self.limits.check_integrity:
             self.scheduler.check_integrity()
         pending, self._pending = self._pending, _Pending()
         if not (pending.outputs or pending.started or stats):
             return None
         return StepMessage(pending.outputs, pending.started, stats)
+
+    def weights_changed(self) -> None:
+        """What other weights computed is found no more. Unfinished sequences go on over it, by themselves."""
+        self.pool.reset_prefix_cache()
+        for sequence in self.scheduler.unfinished():
+            sequence.shares_prefix = False
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every block is accounted for. For idle moments: it looks at all."""
@@ -273,7 +298,7 @@ class EngineCore:
             reason = sequence.finish_reason_after(token_id)
             if reason is not None:
                 break  # what a draft guessed behind the end was never asked for
-        self.scheduler.advance(item, max(0, len(token_ids) - 1))
+        self._advance(item, max(0, len(token_ids) - 1))
         if token_ids:
             sequence.last_token = now
             if sequence.first_token is None:
@@ -297,8 +322,12 @@ class EngineCore:
                     logprobs,
                     row.prompt_logprobs,
                     num_cached_tokens=sequence.num_cached_tokens,
+                    account=sequence.account,
                 )
             )
+
+    def _advance(self, item: Scheduled, num_accepted: int) -> None:
+        self.scheduler.advance(item, num_accepted)
 
     def _choose_beams(self, group: BeamGroup, now: float) -> None:
         """What follows the beams of a request, once all of them are computed."""
@@ -354,6 +383,7 @@ class EngineCore:
                 sequence.timings(),
                 error,
                 arrays,
+                account=sequence.account,
             )
         )
         self._forget_started(sequence.request.request_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from salver.server.engine.request import EncodingParams, Readout
 from salver.server.engine.runner import within_memory
 from salver.server.engine.scheduler import Schedule, Scheduled
 
+if TYPE_CHECKING:
+    from salver.model.kernels.encoder_program import NativeEncoder
+
 # A vocabulary head's rows are long: so many of them at a time.
 CANDIDATE_ROWS = 64
 
@@ -27,7 +31,7 @@ class EncoderRunner:
 
     def __init__(
         self,
-        model: Encoder,
+        model: Encoder | NativeEncoder,
         *,
         row_multiple: int,
         dense: Dense | None = None,
@@ -41,6 +45,11 @@ class EncoderRunner:
         self.device = model.device
         self._dense = dense
         self._on_progress = on_progress
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether pooled vectors go through dense modules of the checkpoint."""
+        return self._dense is not None
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; an input whose answer is not numbers fails alone. Raises OutOfMemory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,10 +38,17 @@ from salver.server.engine.startup import (
     load_dense,
     start_engine,
     use_threads,
+    weights_directory,
 )
 from salver.server.engine.status_page import StatusPage
 
+if TYPE_CHECKING:
+    from salver.model.kernels.encoder_program import NativeEncoder
+
 MAX_INPUTS = 256  # in one step, unless told
+# A step of a CPU is as fast a token with some hundred tokens as with thousands, and short ones let the front
+# read and answer some calls while others are computed.
+CPU_STEP_SECONDS = 0.06
 NO_BLOCKS = 2  # the smallest pool; whole inputs never take from it
 
 
@@ -75,7 +83,7 @@ def start_encoder(
     loaded_adapters, lost = load_adapters(config, model)
     if config.adapters:
         timer.done("load adapters")
-    kernels = _use_kernels(config, model, threads)
+    computing, kernels = use_kernels(config, model, threads)
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
     linear = [module for module in model.modules() if isinstance(module, Linear)]
@@ -88,19 +96,19 @@ def start_encoder(
     if config.adapters or config.more_adapters:
         adapters = AdapterSet(model, loaded_adapters, multiple)
     runner = EncoderRunner(
-        model, row_multiple=multiple, dense=dense, on_progress=page.bump, adapters=adapters
+        computing, row_multiple=multiple, dense=dense, on_progress=page.bump, adapters=adapters
     )
     max_num_seqs = config.max_num_seqs or MAX_INPUTS
     speed = _speed(runner, max_model_len)
-    budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
+    budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs, device)
     if budget < max_num_seqs:
         raise StartError(
             f"--max-num-batched-tokens ({budget}) must be at least --max-num-seqs ({max_num_seqs}): "
             "every input is a token at least"
         )
     timer.done("warm up")
-    stored = model.stored()
-    roofline = measure_roofline(stored, dtype, device)
+    stored = computing.stored()
+    roofline = measure_roofline(stored, dtype, device, config.quantization)
     measured = Measured(loaded, held_bytes(stored), roofline, speed, 0.0)
     timer.done("measure the device")
     limits = EngineLimits(
@@ -125,44 +133,68 @@ def start_encoder(
 
 def _refuse_flags(config: EngineConfig) -> None:
     """Flags that would do nothing. Raises StartError."""
-    if config.quantization != "none":
-        raise StartError(f"--quantization {config.quantization}: not implemented for encoders")
     if config.kv_cache_memory is not None:
         raise StartError("--kv-cache-memory: an encoder has no key-value cache")
+    if config.tensor_parallel_size > 1:
+        raise StartError("--tensor-parallel-size: not implemented for encoders")
     if config.speculation == "draft":
         raise StartError("--speculative-model: an encoder generates nothing")
 
 
-def _load(config: EngineConfig, spec: EncoderSpec, device: torch.device) -> Encoder:
-    """In float32 on a CPU unless told: who reads embeddings compares numbers, and it is as fast there."""
+def encoder_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """float32 on a CPU unless told: who reads embeddings compares numbers, and it is as fast there."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = auto if config.dtype == "auto" else DTYPES[config.dtype]
+    return auto if config.dtype == "auto" else DTYPES[config.dtype]
+
+
+def _load(config: EngineConfig, spec: EncoderSpec, device: torch.device) -> Encoder:
+    dtype = encoder_dtype(config, device)
     try:
-        return load_encoder(Path(config.checkpoint), spec, device=device, dtype=dtype)
+        return load_encoder(weights_directory(config), spec, device=device, dtype=dtype)
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartError(f"the weights do not fit in the memory of {device}: {error}") from error
 
 
-def _use_kernels(config: EngineConfig, model: Encoder, threads: int) -> str:
-    """Gives the products to the native kernel; "native", or "torch" and why. Raises StartError."""
+def use_kernels(config: EngineConfig, model: Encoder, threads: int) -> tuple[Encoder | NativeEncoder, str]:
+    """What computes the steps, and its name: "native", or "torch" and why. Raises StartError.
+
+    A model that the native kernel does not know as a whole gives it the products alone.
+    """
+    if config.quantization in ("int4", "fp8"):
+        raise StartError(f"--quantization {config.quantization}: not implemented for encoders; int8 is")
+    quantized = config.quantization != "none"
     if config.kernels == "torch":
-        return "torch"
+        if quantized:
+            raise StartError(f"--quantization {config.quantization}: it needs --kernels native or auto")
+        return model, "torch"
     try:
         if config.adapters or config.more_adapters:
             raise KernelUnavailable("it does not do adapters of encoders")
         if not config.kernel_library:
             raise KernelUnavailable(config.no_kernel or "it is for the CPU")
-        from salver.model.kernels.library import Library
+        from salver.model.kernels.encoder_program import NativeEncoder, unsupported
+        from salver.model.kernels.library import Library, Precision
         from salver.model.kernels.linear import use_native_products
 
-        use_native_products(model, Library(Path(config.kernel_library)), threads)
-        return "native"
+        library = Library(Path(config.kernel_library))
+        reason = unsupported(model.spec)
+        if reason is not None and not quantized:
+            use_native_products(model, library, threads)
+            return model, "native"
+        precision = Precision.FLOAT32 if model.dtype == torch.float32 else Precision.BFLOAT16
+        if quantized:
+            precision = Precision[config.quantization.upper()]
+        return NativeEncoder(model, library, precision=precision, threads=threads), "native"
     except KernelUnavailable as error:
         if config.kernels == "native":
             raise StartError(f"--kernels native: {error}") from error
-        return f"torch ({error})"
+        if quantized:
+            raise StartError(
+                f"--quantization {config.quantization} needs the native kernel: {error}"
+            ) from error
+        return model, f"torch ({error})"
 
 
 def _speed(runner: EncoderRunner, max_model_len: int) -> float:
@@ -171,6 +203,7 @@ def _speed(runner: EncoderRunner, max_model_len: int) -> float:
     return length / min(runner.measure([length]) for _ in range(1 + WARM_UP_RUNS))
 
 
-def _token_budget(speed: float, max_num_seqs: int) -> int:
-    """Tokens of a step that takes about STEP_SECONDS."""
-    return max(128, max_num_seqs, min(int(speed * STEP_SECONDS) // 64 * 64, 16384))
+def _token_budget(speed: float, max_num_seqs: int, device: torch.device) -> int:
+    """Tokens of a step that takes about so long, at so many a second."""
+    seconds = CPU_STEP_SECONDS if device.type == "cpu" else STEP_SECONDS
+    return max(128, max_num_seqs, min(int(speed * seconds) // 64 * 64, 16384))

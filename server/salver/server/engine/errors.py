@@ -57,3 +57,7 @@ class ChangeRefused(EngineError):
 
 class OutOfMemory(Exception):
     """Inside the worker: a step, or a part of it, does not fit in memory. Its parts may."""
+
+
+class StartError(Exception):
+    """The engine cannot start, and why, for a person: names the flag, the file or the tensor."""

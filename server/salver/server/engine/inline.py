@@ -29,7 +29,17 @@ class InlineEngine:
         clock: Callable[[], float],
         speculation: Speculation | None = None,
     ) -> None:
-        self.core = EngineCore(runner, limits, clock=clock, speculation=speculation)
+        self._hold(EngineCore(runner, limits, clock=clock, speculation=speculation))
+
+    @classmethod
+    def of(cls, core: EngineCore) -> InlineEngine:
+        """Steps a core that is there already."""
+        engine = cls.__new__(cls)
+        engine._hold(core)
+        return engine
+
+    def _hold(self, core: EngineCore) -> None:
+        self.core = core
         self._sinks: dict[int, Sink] = {}
         self._unfinished: dict[int, int] = {}
 

@@ -18,6 +18,7 @@ from salver.server.engine.errors import (
     RequestFailed,
     RequestOutOfMemory,
 )
+from salver.server.engine.explanation import Explanation, RequestBooks
 from salver.server.engine.process import OutputSink
 from salver.server.engine.request import (
     EngineRequest,
@@ -141,6 +142,8 @@ class GenerationStream:
         self._closed = False
         self._exhausted = False
         self._queue_seconds: float | None = None
+        self._books = RequestBooks(request.arrival) if request.explain else None
+        self._reader_waits = False
         self.completion_tokens = 0  # over all samples, resumed ones included
         self.resumed_tokens = 0
         self.cached_tokens = 0
@@ -167,6 +170,9 @@ class GenerationStream:
             rest = [(request.sample_indices[0], ())]
             request = replace(request, stopping=replace(request.stopping, max_tokens=0))
         if rest:
+            if self._books is not None:
+                request = replace(request, submitted=time.monotonic())
+                self._books.submitted(request.submitted)
             indices, outputs = zip(*rest, strict=True)
             if len(rest) < len(self._samples) or self._waiting_for_prompt:
                 request = replace(request, sample_indices=indices, outputs=outputs)
@@ -181,7 +187,9 @@ class GenerationStream:
     async def __anext__(self) -> GenerationUpdate:
         """All that came since the last call; waits while there is nothing. Raises EngineError."""
         while True:
+            self._reader_waits = True
             await self._news.wait()
+            self._reader_waits = False
             self._news.clear()
             if self._changed or self._prompt_logprobs:
                 return self._take()
@@ -196,7 +204,7 @@ class GenerationStream:
 
     async def collect(self) -> GenerationUpdate:
         """The whole answer as one update, without waking up for its parts. Raises EngineError."""
-        self._collecting = True
+        self._collecting = self._reader_waits = True
         if not (self.finished or self._error or self._closed):
             self._news.clear()
             await self._news.wait()
@@ -234,6 +242,10 @@ class GenerationStream:
         preemptions = sum(t.preemptions for t in of_samples)
         return SequenceTimings(queue, first - queue, last - first, steps, preemptions)
 
+    def explain(self, now: float) -> Explanation | None:
+        """Of a request with `explain` whose reply is made now."""
+        return None if self._books is None else self._books.explain(now)
+
     # --- the engine's side -------------------------------------------------------------
 
     def put(self, output: SequenceOutput) -> None:
@@ -247,6 +259,8 @@ class GenerationStream:
             self._prompt_logprobs_left -= len(new)
             self._prompt_logprobs += new
         sample = self._samples[output.sample_index]
+        if self._books is not None and (not sample.finished or self._waiting_for_prompt):
+            self._books.took(output, time.monotonic(), self._reader_waits)
         reason = output.finish_reason
         if reason in (FinishReason.DEADLINE, FinishReason.ERROR, FinishReason.MEMORY):
             self._end_all(reason, output.error)
@@ -361,6 +375,8 @@ class GenerationStream:
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, []
         finished = self.finished
         self._exhausted = finished
+        if finished and self._books is not None:
+            self._books.taken(time.monotonic())
         if finished or self._error is not None:
             self._news.set()
         return GenerationUpdate(deltas, prompt_logprobs, finished)

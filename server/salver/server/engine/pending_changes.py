@@ -20,7 +20,8 @@ class PendingChanges:
 
     async def answer(self, ticket: int) -> Changed:
         """Waits for it. Raises ChangeRefused, and what `fail_all` was given."""
-        future = self._waiting[ticket] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Changed] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = future
         try:
             changed = await future
         finally:

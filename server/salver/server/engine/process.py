@@ -109,6 +109,7 @@ class _InFlight:
             outputs=tuple(map(tuple, self.tokens.values())),
             prompt_top_k=top_k,
             prompt_logprobs_start=first if self.prompt_logprobs else request.prompt_logprobs_start,
+            submitted=time.monotonic(),
         )
 
 

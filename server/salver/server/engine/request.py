@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from salver.model.arithmetic import LoadedTensor, Roofline
+    from salver.server.engine.accounting import Account
 
 NO_DEADLINE = float("inf")
 
@@ -153,6 +154,8 @@ class EngineRequest:
     num_start_tokens: int = 0  # of the prompt, that came with no text but from the checkpoint
     grammar: str = ""  # that the output's text must follow, as the front compiled it; empty: none
     beams: BeamParams | None = None
+    explain: bool = False  # its outputs carry its account (see `accounting`)
+    submitted: float = 0.0  # of `explain`: when the front gave it to this worker
 
     @property
     def num_places(self) -> int:
@@ -206,6 +209,7 @@ class SequenceOutput:
     arrays: tuple[NDArray[Any], ...] = ()  # what `encoding` asked for, when it ends
     score: float | None = None  # of an answer of a beam search
     computing: bool = False  # nothing to tell yet, but that computing the request goes well
+    account: Account | None = None  # of a request with `explain`, as it is after this step
 
 
 @dataclass(slots=True)
@@ -217,6 +221,7 @@ class StepStats:
     duration: float
     model_duration: float  # of it, inside the model's forward pass
     num_prefill_tokens: int = 0  # tokens beside the newest of each sequence and its drafts
+    tenants: tuple[tuple[str, int], ...] = ()  # nanoseconds of `duration` that are each tenant's
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,18 +22,22 @@ from salver.model.sampling import (
     sample,
     token_logprobs,
 )
-from salver.model.transformer import Decoder
+from salver.model.transfer import tensor_on
+from salver.model.transformer import Decoder, OnAttention, SourceDecoder
 from salver.server.engine.attention_rows import AttentionRows
-from salver.server.engine.batch import Part, build_batch
+from salver.server.engine.batch import Batch, Part, build_batch
 from salver.server.engine.beam import Candidate, num_candidates
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
-from salver.server.engine.grammar import Grammars, Mask
+from salver.server.engine.graphs import DecodeGraphs
 from salver.server.engine.readouts import Dense, distribution_arrays, read_states
 from salver.server.engine.request import EncodingParams, EngineRequest, Logprobs, Readout
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
 from salver.server.engine.source_reader import SourceReader
+
+if TYPE_CHECKING:  # a machine without its library can still compute everything else
+    from salver.server.engine.grammar import Grammars, Mask
 
 # Prompt log-probabilities need the logits of every position: so many rows at a time.
 LOGPROB_ROWS = 64
@@ -53,8 +58,11 @@ class ModelRunner:
         grammars: Grammars | None = None,
         adapters: AdapterSet | None = None,
         sources: SourceReader | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """Without `grammars` or `adapters`, no request may have one; `sources` of an encoder-decoder."""
+        """Without `grammars` or `adapters`, no request may have one; `sources` of an encoder-decoder.
+        `graphs` run what they can.
+        """
         self.model = model
         self.cache = cache
         self._dense = dense
@@ -64,7 +72,19 @@ class ModelRunner:
         self._on_progress = on_progress
         self.grammars = grammars
         self.adapters = adapters
+        self.graphs = graphs
         self._sources = sources
+
+    def replace_model(self, model: Decoder) -> None:
+        """Computes with another model of the same spec and device from now on."""
+        self.model = model
+        if self._sources is not None:
+            self._sources.replace_model(cast(SourceDecoder, model))
+
+    def progress(self) -> None:
+        """A sign of life, from between steps."""
+        if self._on_progress is not None:
+            self._on_progress()
 
     def execute(self, schedule: Schedule) -> StepResult:
         """Computes one step; a row whose logits are not numbers fails alone. Raises OutOfMemory."""
@@ -80,13 +100,7 @@ class ModelRunner:
         ]
         batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)
         results = [RowResult() for _ in schedule.scheduled]
-        if self.adapters is not None:
-            self.adapters.select(
-                [
-                    (item.sequence.request.adapter, range(first, first + item.num_tokens))
-                    for item, first in zip(schedule.scheduled, batch.first_rows, strict=True)
-                ]
-            )
+        self._select_adapters(schedule, batch)
         observed = {
             i: AttentionRows(item, batch.first_rows[i])
             for i, item in enumerate(schedule.scheduled)
@@ -113,10 +127,7 @@ class ModelRunner:
             if self._sources is not None:
                 self._sources.read(schedule.scheduled)
                 self._sources.attach(batch.attention, schedule.scheduled)
-            hidden = self.model(
-                batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress,
-                on_attention=observe if observed else None,
-            )  # fmt: skip
+            hidden = self._forward(batch, observe if observed else None)
             logits = self.logits(hidden, rows)
         finally:
             wait([masks])  # it works on sequences that a failed step's halves need again
@@ -135,6 +146,28 @@ class ModelRunner:
                 self._read(item, request.encoding, hidden, first_row, results[i])
         return StepResult(results, model_duration)
 
+    def _select_adapters(self, schedule: Schedule, batch: Batch) -> None:
+        if self.adapters is not None:
+            self.adapters.select(
+                [
+                    (item.sequence.request.adapter, range(first, first + item.num_tokens))
+                    for item, first in zip(schedule.scheduled, batch.first_rows, strict=True)
+                ]
+            )
+
+    def _forward(self, batch: Batch, on_attention: OnAttention | None) -> Tensor:
+        """Hidden states [N, hidden_size]; without the rows of padding, where a graph computes them."""
+        if self.graphs is not None and self.adapters is None and on_attention is None:
+            hidden = self.graphs.run(batch)
+            if hidden is not None:
+                if self._on_progress is not None:
+                    self._on_progress()
+                return hidden
+        return self.model(
+            batch.token_ids, batch.positions, self.cache, batch.attention, on_layer=self._on_progress,
+            on_attention=on_attention,
+        )  # fmt: skip
+
     def _read(
         self, item: Scheduled, encoding: EncodingParams, hidden: Tensor, first_row: int, result: RowResult
     ) -> None:
@@ -147,7 +180,8 @@ class ModelRunner:
             if not _are_numbers(logits):
                 result.error = "the model's logits are not numbers"
                 return
-            (row,) = sampling_rows(item.sequence)
+            mask = None if self.grammars is None else self.grammars.masks([(item.sequence, ())])[0]
+            (row,) = sampling_rows(item.sequence, masks=mask)
             result.arrays = distribution_arrays(distributions(logits, row, encoding.top_k), encoding.top_k)
 
     def logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
@@ -157,7 +191,7 @@ class ModelRunner:
         padded = rows + [0] * (-len(rows) % self.row_multiple)
         if self.adapters is not None:
             self.adapters.select_head(padded)
-        index = torch.tensor(padded, dtype=torch.int64, device=self.device)
+        index = tensor_on(self.device, padded, torch.int64)
         return self.model.logits(hidden.index_select(0, index))[: len(rows)]
 
     def _begin_masks(self, items: list[Scheduled]) -> Future[list[Mask | None]]:
@@ -226,6 +260,8 @@ class ModelRunner:
         found = candidates(logits, [sampling_rows(s)[0] for s in sequences], counts)
         for row, (i, sequence, pairs) in enumerate(zip(beams, sequences, found, strict=True)):
             request = sequence.request
+            if sequence.end_is_forced(sequence.num_output_tokens):
+                pairs = [(token_id, 0.0) for token_id, _ in pairs]  # as in transformers: it is sure
             if not _are_numbers(logits[row]):
                 results[i].error = "the model's logits are not numbers"
             elif request.output_top_k is None:
@@ -302,10 +338,25 @@ class ModelRunner:
         self.logits(hidden, [0]).argmax().item()  # the read waits for the device
         return num_tokens / (time.perf_counter() - begin)
 
+    @torch.inference_mode()
+    def largest_step(self, num_tokens: int, num_sequences: int) -> None:
+        """What a step of this size holds at once: rows of a long prompt, and of logits to draw from."""
+        self.measure_prefill(num_tokens)
+        rows = torch.zeros(
+            (num_sequences, self.model.spec.hidden_size), dtype=self.cache.data.dtype, device=self.device
+        )
+        row = SamplingRow(
+            temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+            frequency_penalty=0.0, logit_bias=(), seed=0, sample_index=0, prompt_token_ids=(0,),
+            output_token_ids=(),
+        )  # fmt: skip
+        sample(self.logits(rows, list(range(num_sequences))), [row] * num_sequences)
 
-def within_memory(
-    compute: Callable[[Schedule], StepResult], schedule: Schedule, device: torch.device
-) -> StepResult:
+
+_R = TypeVar("_R")
+
+
+def within_memory(compute: Callable[[Schedule], _R], schedule: Schedule, device: torch.device) -> _R:
     """`compute(schedule)`. Raises OutOfMemory, with the failed step's memory free again."""
     try:
         return compute(schedule)

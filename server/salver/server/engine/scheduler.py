@@ -27,6 +27,7 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from salver.server.engine.accounting import Cause, WaitClocks
 from salver.server.engine.beam_groups import BeamGroups
 from salver.server.engine.blocks import BlockPool
 from salver.server.engine.cross_cache import (
@@ -125,6 +126,7 @@ class Scheduler:
         self.prefix_hits = 0  # and found
         self.beams = BeamGroups(self)
         self._waiting = WaitingQueue()
+        self._clocks = WaitClocks()
         self._deadlines: list[tuple[float, int, int, Sequence]] = []  # a heap, likewise
         self._sequences: dict[int, dict[int, Sequence]] = {}  # by request, sample; unfinished ones
         self.copies: list[tuple[int, int]] = []
@@ -176,12 +178,20 @@ class Scheduler:
         if not samples:
             del self._sequences[sequence.request.request_id]
         # A leader that ends before its prompt is computed leaves the lead to the next sample.
+        for follower in followers:
+            follower.inherit_account(sequence)
         self._lead([f for f in followers if not f.finished])
+
+    @property
+    def now(self) -> float:
+        """When the last step was chosen."""
+        return self._clocks.now
 
     def add_beam(self, request: EngineRequest) -> Sequence:
         """One sequence more for a request in the engine."""
         samples = self._sequences[request.request_id]
         beam = Sequence(request, len(samples), (), self._key(request, len(samples)))
+        beam.account = next(iter(samples.values())).account  # one for all of them
         samples[beam.sample_index] = beam
         return beam
 
@@ -211,10 +221,11 @@ class Scheduler:
     def schedule(self, now: float) -> Schedule:
         """Chooses the next step. Allocates its blocks, preempting from the worst end when short."""
         schedule = Schedule()
+        self._clocks.advance(now)
         self._renew_positions()
         budget, preempted = self._schedule_running(schedule)
-        if not preempted:
-            self._schedule_waiting(schedule, budget, now)
+        cause = Cause.NO_BLOCKS if preempted else self._schedule_waiting(schedule, budget, now)
+        self._clocks.hold(cause, self._waiting.passed_over())
         if self.speculation is not None:
             self._schedule_drafts(schedule, self.speculation)
         schedule.copies, self.copies = self.copies, []
@@ -236,7 +247,7 @@ class Scheduler:
             self.pool.give_back(sequence.block_table[needed:])
             del sequence.block_table[needed:]
         full = min(sequence.num_computed_tokens // size, len(sequence.block_table))
-        if full > sequence.num_registered_blocks:
+        if full > sequence.num_registered_blocks and sequence.shares_prefix:
             digests = sequence.digests(size, full * size)
             for index in range(sequence.num_registered_blocks, full):
                 self.pool.register(sequence.block_table[index], digests[index])
@@ -299,6 +310,7 @@ class Scheduler:
         sequence.status = SequenceStatus.WAITING
         self.num_waiting += 1
         self._waiting.push(sequence)
+        self._clocks.enter(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Takes from a sequence all that it holds, but its tokens."""
@@ -318,6 +330,8 @@ class Scheduler:
             self.beams.preempt(group)
             return
         self.running.remove(sequence)
+        if sequence.account is not None:
+            sequence.account.preempted(self._clocks.now, sequence.num_computed_tokens)
         self.release(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
@@ -339,6 +353,9 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             # Those behind keep a token each, or one long prompt would stall every stream.
+            if sequence.ending:
+                index += 1
+                continue
             behind = len(self.running) - index - 1
             start = sequence.num_computed_tokens
             num_tokens = min(sequence.num_tokens - start, budget - behind)
@@ -357,16 +374,18 @@ class Scheduler:
                 budget -= num_tokens
         return budget, preempted
 
-    def _schedule_waiting(self, schedule: Schedule, budget: int, now: float) -> None:
+    def _schedule_waiting(self, schedule: Schedule, budget: int, now: float) -> Cause:
+        """Takes from the queue what has room; why it takes no more."""
         while budget > 0 and (places := self._free_places()) > 0:
             sequence = self._best_waiting()
             if sequence is None or not self._has_room(sequence, schedule, budget):
-                break
+                return Cause.NO_TOKENS
             if sequence.request.beams is not None and sequence.request.num_places > places:
-                break
+                return Cause.NO_SEAT
             if not self._admit(sequence):
-                break
+                return Cause.NO_BLOCKS
             self._waiting.pop(sequence)
+            self._clocks.leave(sequence)
             self.num_waiting -= 1
             sequence.status = SequenceStatus.RUNNING
             if sequence.first_scheduled is None:
@@ -385,6 +404,7 @@ class Scheduler:
                 item.num_tokens = min(item.num_tokens, max(1, budget))
             schedule.scheduled.append(item)
             budget -= item.num_tokens
+        return Cause.NO_SEAT if self._free_places() <= 0 else Cause.NO_TOKENS
 
     @staticmethod
     def _has_room(sequence: Sequence, schedule: Schedule, budget: int) -> bool:
@@ -476,6 +496,7 @@ class Scheduler:
         for follower in followers:
             if follower.finished:
                 continue
+            follower.inherit_account(leader)
             follower.next_prompt_logprob = leader.num_prompt_tokens  # the leader has told them
             missing = self.pool.blocks_for(follower.num_tokens) - len(shared)
             if self._free_places() <= 0 or self.pool.num_free - missing < len(self.running):

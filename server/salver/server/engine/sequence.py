@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+from salver.server.engine.accounting import Account
 from salver.server.engine.blocks import block_digest, root_digest
 from salver.server.engine.request import (
     EngineRequest,
@@ -20,6 +21,9 @@ def order_key(request: EngineRequest, sample_index: int, priority_interval: floa
     interval = int(request.arrival // priority_interval)
     order = (interval - request.priority, request.deadline, request.arrival)
     return (*order, request.request_id, sample_index)
+
+
+PENDING = -2  # stands for a token that the device has chosen and that is not read yet; see `overlap`
 
 
 class SequenceStatus(enum.Enum):
@@ -41,6 +45,7 @@ class Sequence:
 
     __slots__ = (
         "_digests",
+        "account",
         "arrival",
         "block_table",
         "cross_table",
@@ -62,6 +67,7 @@ class Sequence:
         "preemptions",
         "request",
         "sample_index",
+        "shares_prefix",
         "source_read",
         "status",
         "steps",
@@ -101,7 +107,9 @@ class Sequence:
         self.last_token: float | None = None
         self.steps = 0
         self.preemptions = 0
+        self.shares_prefix = True  # unless several weights have computed it
         self.grammar_state: object | None = None  # the runner's; a function of the tokens
+        self.account = Account(request.submitted, request.submitted) if request.explain else None
         self._digests: list[bytes] = []
 
     @property
@@ -125,13 +133,24 @@ class Sequence:
     @property
     def reads_prefix_cache(self) -> bool:
         """A hit skips positions, so a prompt of which every position is still to be read takes none."""
-        if self.request.encoding is not None:
+        if self.request.encoding is not None or not self.shares_prefix:
             return False
         return self.request.prompt_top_k is None or self.next_prompt_logprob >= self.num_prompt_tokens
 
     @property
+    def ending(self) -> bool:
+        """Whether a token that is not read yet is its last one, whatever it is."""
+        full = self.generates and self.num_output_tokens >= self.request.stopping.max_tokens
+        return full and self.token_ids[-1] == PENDING
+
+    @property
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
+
+    def inherit_account(self, leader: Sequence) -> None:
+        """What the leader's time went to until now is where its own went."""
+        if self.account is not None and leader.account is not None:
+            self.account.follow(leader.account)
 
     def outgrow(self) -> None:
         """From now on its positions are those of a prompt as long as it is."""

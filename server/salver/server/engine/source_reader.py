@@ -32,6 +32,10 @@ class SourceReader:
         self._row_multiple = row_multiple
         self._on_progress = on_progress
 
+    def replace_model(self, model: SourceDecoder) -> None:
+        """Reads with another model of the same spec from now on."""
+        self._model = model
+
     def read(self, items: Sequence[Scheduled]) -> None:
         """Reads the sources that these parts begin with."""
         # Equal lengths side by side are one call of attention.

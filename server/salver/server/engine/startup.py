@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
 
 from salver.model.adapters import Adapter, AdapterBase, AdapterSet, load_adapter
 from salver.model.cache import KVCache
+from salver.model.checkpoint import weights_digest
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
 from salver.model.encoder import Encoder
@@ -19,15 +21,33 @@ from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
 from salver.model.loader import load_model
 from salver.model.numerics import default_dtype, numerics_id, row_multiple
+from salver.model.parallel import Ranks
 from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, SourceDecoder, Transformer
 from salver.server.engine.changes import AdapterFacts, AdapterSource
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
+from salver.server.engine.device_startup import (
+    BLOCK_SIZE as BLOCK_SIZE,
+)
+from salver.server.engine.device_startup import (
+    choose_block_size,
+    decode_graphs,
+    fix_rows,
+    free_memory,
+    make_cache,
+    overlaps,
+    quantize_weights,
+    start_ranks,
+)
 from salver.server.engine.draft_model import DraftModel
 from salver.server.engine.drafts import PromptLookup, Speculation, StepCosts
+from salver.server.engine.errors import StartError as StartError
 from salver.server.engine.grammar import Grammars, load_vocabulary
+from salver.server.engine.launching import LaunchingModelRunner
+from salver.server.engine.overlap import OverlappedCore
+from salver.server.engine.ranks import PadExperts, ParallelTransformer
 from salver.server.engine.request import Measured, Ready
 from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.runner import ModelRunner
@@ -35,17 +55,12 @@ from salver.server.engine.source_reader import SourceReader
 from salver.server.engine.status_page import StatusPage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BLOCK_SIZE = 16
 DEFAULT_NUM_SEQS = {"cpu": 32, "cuda": 256}
 CPU_CACHE_BYTES = 192 << 20  # at least, and enough for one whole context
 STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
 WARM_UP_TOKENS = 128
 WARM_UP_RUNS = 2
 COST_ROWS = (1, 8, 32)  # steps of so many sequences are timed, to know what a draft costs
-
-
-class StartError(Exception):
-    """The engine cannot start, and why, for a person: names the flag, the file or the tensor."""
 
 
 def start_engine(
@@ -59,35 +74,45 @@ def start_engine(
     device = find_device(config)
     threads = use_threads(config)
     dtype = default_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    model = _load(config, config.checkpoint, device, dtype)
+    group = start_ranks(config, device)
+    weights = str(weights_directory(config))
+    model = _load(config, weights, device, dtype, None if group is None else group.ranks)
+    quantize_weights(config, model)
     spec, loaded = model.spec, model.loaded
     _refuse_flags(config, spec)
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
     timer.done("load weights")
     max_model_len = _max_model_len(config, spec)
-    block_size = config.block_size or BLOCK_SIZE
+    block_size = config.block_size or choose_block_size(model)
     max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
-    num_blocks = _num_blocks(config, spec, dtype, device, block_size, max_model_len, max_num_seqs)
+    parallel = None if group is None else ParallelTransformer.of(model, group)
+    num_blocks = _num_blocks(config, model, parallel, draft, dtype, block_size, max_model_len, max_num_seqs)
     try:
-        cache = KVCache(spec, num_blocks, block_size, dtype=dtype, device=device)
+        cache = make_cache(model, parallel, num_blocks, block_size, dtype)
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
     loaded_adapters, lost = load_adapters(config, model)
     if config.adapters:
         timer.done("load adapters")
-    decoder, kernels = _decoder(config, model, cache, threads, tuple(loaded_adapters.values()))
+    if parallel is None:
+        decoder, kernels = decoder_of(config, model, cache, threads, tuple(loaded_adapters.values()))
+    else:
+        decoder, kernels = parallel, f"torch ({config.tensor_parallel_size} ranks)"
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
     # The kernel's rows don't know one another; torch's may.
-    multiple = 1 if native or config.numerics == "fast" else row_multiple(model)
+    fixed = 0 if native else fix_rows(config, model)
+    multiple = 1 if native or fixed or config.numerics == "fast" else row_multiple(model)
     model.pad_experts(multiple)
+    if group is not None:
+        group.send(PadExperts(multiple))
     timer.done("probe numerics")
     adapters = None
     if config.adapters or config.more_adapters:
         adapters = AdapterSet(decoder, loaded_adapters, multiple)
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
-    runner = ModelRunner(
+    runner = LaunchingModelRunner(
         decoder,
         cache,
         block_size=block_size,
@@ -100,6 +125,7 @@ def start_engine(
         if spec.encoder is None
         else SourceReader(cast(SourceDecoder, decoder), cache, row_multiple=multiple, on_progress=page.bump),
     )
+    runner.graphs = decode_graphs(config, runner, device_name(device), max_num_seqs, max_model_len)
     speed, one = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
@@ -112,7 +138,8 @@ def start_engine(
     roofline = measure_roofline(stored, dtype, device, config.quantization)
     measured = Measured(loaded, held_bytes(stored), roofline, speed, one)
     timer.done("measure the device")
-    speculation = _speculation(config, runner, draft, num_blocks, threads, budget)
+    overlapped = overlaps(config, device, spec)
+    speculation = None if overlapped else _speculation(config, runner, draft, num_blocks, threads, budget)
     if speculation is not None:
         timer.done("time steps")
     limits = EngineLimits(
@@ -132,9 +159,11 @@ def start_engine(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=decoder.num_parameters(), phases=phases, measured=measured,
         adapters=() if adapters is None else tuple(facts_of(*item) for item in adapters.adapters.items()),
-        lost_adapters=lost,
+        lost_adapters=lost, fixed_rows=fixed,
     )  # fmt: skip
     grammars.warm_beside()
+    if overlapped:
+        return OverlappedCore(runner, limits, clock=time.monotonic), ready
     return EngineCore(runner, limits, clock=time.monotonic, speculation=speculation), ready
 
 
@@ -152,6 +181,7 @@ def describe(
     measured: Measured,
     adapters: tuple[AdapterFacts, ...] = (),
     lost_adapters: tuple[tuple[str, str], ...] = (),
+    fixed_rows: int = 0,
 ) -> Ready:
     """What the front is told of a warm engine; `kernels` is "native", or torch and why."""
     return Ready(
@@ -160,16 +190,7 @@ def describe(
         quantization=config.quantization,
         torch_version=str(torch.__version__),  # a plain string: its own type would bring torch to the front
         kernels=kernels,
-        numerics_id=numerics_id(
-            device,
-            dtype,
-            weights_digest=config.weights_digest,
-            quantization=config.quantization,
-            numerics=config.numerics,
-            threads=threads,
-            row_multiple=multiple,
-            kernel=build.numerics() if kernels == "native" else "",
-        ),
+        numerics_id=numerics_id_of(config, device, dtype, threads, multiple, kernels, fixed_rows),
         num_parameters=num_parameters,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
@@ -183,10 +204,60 @@ def describe(
     )
 
 
-def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+def numerics_id_of(
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int,
+    multiple: int,
+    kernels: str,
+    fixed_rows: int = 0,
+) -> str:
+    """See `numerics.numerics_id`; `kernels` as `describe` has it."""
+    return numerics_id(
+        device,
+        dtype,
+        weights_digest=config.weights_digest,
+        quantization=config.quantization,
+        numerics=config.numerics,
+        threads=threads,
+        row_multiple=multiple,
+        kernel=build.numerics() if kernels == "native" else "",
+        ranks=config.tensor_parallel_size,
+        fixed_rows=fixed_rows,
+    )
+
+
+def weights_directory(config: EngineConfig) -> Path:
+    """Where the weights are: the checkpoint's, or those that came later. Raises StartError.
+
+    The latter were read once and are promised by their digest, so they are looked at again.
+    """
+    if not config.weights:
+        return Path(config.checkpoint)
+    directory = Path(config.weights)
+    try:
+        with TemporaryDirectory() as nothing_known:
+            digest = weights_digest(directory, Path(nothing_known))
+    except CheckpointError as error:
+        raise StartError(f"the weights that were served cannot be had again: {error}") from error
+    if digest != config.weights_digest:
+        raise StartError(f"{directory}: the weights have changed since they were served")
+    return directory
+
+
+def _load(
+    config: EngineConfig,
+    checkpoint: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+) -> Transformer:
     try:
         name = weights_dtype_name(str(dtype).removeprefix("torch."), config.quantization)
-        return load_model(Path(checkpoint), device=device, dtype=DTYPES[name], numerics=config.numerics)
+        return load_model(
+            Path(checkpoint), device=device, dtype=DTYPES[name], numerics=config.numerics, ranks=ranks
+        )
     except CheckpointError as error:
         raise StartError(str(error)) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -194,12 +265,13 @@ def _load(config: EngineConfig, checkpoint: str, device: torch.device, dtype: to
 
 
 def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
-    """What is not implemented for encoder-decoders. Raises StartError."""
+    """What is not implemented for several ranks and for encoder-decoders. Raises StartError."""
+    if config.tensor_parallel_size > 1 and (config.adapters or config.more_adapters):
+        raise StartError("--tensor-parallel-size: not implemented with adapters")
     if spec.encoder is None:
         return
     if config.adapters or config.more_adapters:
-        flag = "--adapter" if config.adapters else "--adapter-root"
-        raise StartError(f"{flag}: not implemented for encoder-decoders ({spec.architecture})")
+        raise StartError(f"adapters are not implemented for encoder-decoders ({spec.architecture})")
     if config.speculation == "draft":
         raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
 
@@ -228,7 +300,7 @@ def load_adapters(
     return loaded, tuple(lost)
 
 
-def read_adapter(source: AdapterSource, model: AdapterBase | Decoder | Encoder) -> Adapter:
+def read_adapter(source: AdapterSource, model: object) -> Adapter:
     """Raises CheckpointError: also for other files than its digest is of."""
     adapter = load_adapter(Path(source.directory), model)
     if source.digest not in ("", adapter.digest):
@@ -279,7 +351,7 @@ def _speculation(
             cache = KVCache(draft.spec, num_blocks, size, dtype=dtype, device=draft.device)
         except (MemoryError, RuntimeError) as error:
             raise StartError(f"--speculative-model: its cache could not be allocated: {error}") from error
-        decoder, kernels = _decoder(config, draft, cache, threads)
+        decoder, kernels = decoder_of(config, draft, cache, threads)
         multiple = 1 if kernels == "native" else runner.row_multiple
         small = ModelRunner(decoder, cache, block_size=size, row_multiple=multiple)
         drafter = DraftModel(small, _step_costs(small, budget), max_tokens=budget)
@@ -327,7 +399,7 @@ def use_threads(config: EngineConfig) -> int:
     return threads
 
 
-def _decoder(
+def decoder_of(
     config: EngineConfig,
     model: Transformer,
     cache: KVCache,
@@ -336,6 +408,10 @@ def _decoder(
 ) -> tuple[Decoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
     quantized = config.quantization != "none"
+    if model.device.type == "cuda":
+        return model, "torch"
+    if config.quantization == "fp8":
+        raise StartError("--quantization fp8: it is for GPUs (--quantization int8)")
     if config.kernels == "torch":
         if quantized:
             raise StartError(f"--quantization {config.quantization}: it needs --kernels native or auto")
@@ -347,6 +423,7 @@ def _decoder(
         from salver.model.kernels.adapters import unsupported
         from salver.model.kernels.library import Library, Precision
         from salver.model.kernels.program import NativeTransformer
+        from salver.model.kernels.seq2seq import NativeSeq2Seq
 
         for adapter in adapters:
             if (reason := unsupported(adapter)) is not None:
@@ -355,7 +432,8 @@ def _decoder(
         precision = Precision.FLOAT32 if model.dtype == torch.float32 else Precision.BFLOAT16
         if quantized:
             precision = Precision[config.quantization.upper()]
-        return NativeTransformer(model, cache, library, precision=precision, threads=threads), "native"
+        kind = NativeTransformer if model.encoder is None else NativeSeq2Seq
+        return kind(model, cache, library, precision=precision, threads=threads), "native"
     except KernelUnavailable as error:
         if config.kernels == "native":
             raise StartError(f"--kernels native: {error}") from error
@@ -375,22 +453,35 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 
 def _num_blocks(
     config: EngineConfig,
-    spec: ModelSpec,
+    model: Transformer,
+    parallel: ParallelTransformer | None,
+    draft: Transformer | None,
     dtype: torch.dtype,
-    device: torch.device,
     block_size: int,
     max_model_len: int,
     max_num_seqs: int,
 ) -> int:
     """Blocks that fit in the cache's memory, the null block among them; unasked, no more than can be used."""
+    spec = model.spec
     per_block = KVCache.bytes_per_block(spec, block_size, dtype)
     source = 0 if spec.encoder is None else -(-spec.encoder.max_input_tokens // block_size)
     whole_context = (-(-max_model_len // block_size) + 1 + source) * per_block
     most = max_num_seqs * whole_context
     if config.kv_cache_memory is not None:
         memory = config.kv_cache_memory
-    elif device.type == "cuda":
-        memory = min(int(torch.cuda.mem_get_info(device)[0] * 0.85), most)
+    elif model.device.type == "cuda":
+        # A draft model's cache has as many blocks.
+        drafts = 0 if draft is None else KVCache.bytes_per_block(draft.spec, block_size, draft.dtype)
+
+        def budget_of(runner: ModelRunner) -> int:
+            return config.max_num_batched_tokens or _token_budget(
+                _speed(runner, max_model_len)[0], max_num_seqs
+            )
+
+        found = free_memory(config, model, parallel, block_size, max_num_seqs, budget_of)
+        if found.cache < 2 * (per_block + drafts):
+            raise StartError(f"--gpu-memory-utilization: nothing is left for the key-value cache: {found}")
+        memory = min(found.cache // (per_block + drafts) * per_block, most)
     else:
         memory = max(min(CPU_CACHE_BYTES, most), whole_context)
     blocks = memory // per_block

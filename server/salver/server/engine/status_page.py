@@ -27,12 +27,18 @@ _FIELDS = (
     "generated_tokens",
     "draft_tokens",
     "accepted_draft_tokens",
+    "gpu_memory_used",
+    "gpu_memory_total",
+    "gpu_utilization",
 )
 _COUNTERS = (
     "preemptions", "prefix_queries", "prefix_hits", "steps", "generated_tokens", "draft_tokens",
     "accepted_draft_tokens",
 )  # fmt: skip
-_GAUGES = ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total")
+_GAUGES = (
+    "num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "gpu_memory_used",
+    "gpu_memory_total", "gpu_utilization",
+)  # fmt: skip
 _SIZE = mmap.PAGESIZE
 
 
@@ -82,6 +88,9 @@ class StatusPage:
     generated_tokens = _Count()
     draft_tokens = _Count()  # guesses at next tokens that steps checked
     accepted_draft_tokens = _Count()  # of them, right
+    gpu_memory_used = _Count()  # bytes, by all processes
+    gpu_memory_total = _Count()  # 0 without a GPU
+    gpu_utilization = _Count()  # 1 + percent of the last second or so in which it computed; 0: not known
 
     def __init__(self, fd: int) -> None:
         """Maps `fd` and owns it from now on."""

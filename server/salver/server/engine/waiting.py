@@ -38,10 +38,9 @@ class WaitingQueue:
         while self._heaps:
             tenant = self._next_tenant()
             heap = self._heaps[tenant]
-            while heap and heap[0][1].status is not SequenceStatus.WAITING:
-                heapq.heappop(heap)
-            if heap:
-                return heap[0][1]
+            first = self._first(heap)
+            if first is not None:
+                return first
             del self._heaps[tenant]
         return None
 
@@ -58,6 +57,26 @@ class WaitingQueue:
         """The engine computes, or has computed, so much for the sequence's tenant."""
         request = sequence.request
         self._served[request.tenant] = self._served.get(request.tenant, 0.0) + num_tokens / request.weight
+
+    def passed_over(self) -> dict[str, bool]:
+        """Of each tenant that waits, whether its first request is before the one that `best` gives."""
+        best = self.best()
+        if best is None:
+            return {}
+        passed: dict[str, bool] = {}
+        for tenant, heap in list(self._heaps.items()):
+            first = self._first(heap)
+            if first is None:
+                del self._heaps[tenant]
+            else:
+                passed[tenant] = first.key < best.key
+        return passed
+
+    @staticmethod
+    def _first(heap: list[tuple[OrderKey, Sequence]]) -> Sequence | None:
+        while heap and heap[0][1].status is not SequenceStatus.WAITING:
+            heapq.heappop(heap)
+        return heap[0][1] if heap else None
 
     def _next_tenant(self) -> str:
         if len(self._heaps) == 1:

@@ -14,7 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from salver.server.engine.changes import DropAdapter, LoadAdapter
+from salver.server.engine.changes import ApplyWeights, DropAdapter, DropWeights, LoadAdapter, StageWeights
 from salver.server.engine.channel import Channel, ChannelClosed
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore
@@ -22,6 +22,7 @@ from salver.server.engine.request import Abort, Failed, Shutdown, Submit
 from salver.server.engine.status_page import StatusPage
 
 if TYPE_CHECKING:
+    from salver.server.engine.gpu_gauges import GpuGauges
     from salver.server.engine.updates import Updates
 
 IDLE_TICK = 0.1  # seconds between signs of life of an idle worker
@@ -58,8 +59,10 @@ def _serve(channel: Channel, page: StatusPage) -> int:
     except StartError as error:
         channel.send(Failed(str(error)))
         return 1
+    from salver.server.engine.gpu_gauges import GpuGauges
+
     channel.send(ready)
-    _loop(channel, page, core, Updates(core))
+    _loop(channel, page, core, Updates(core, config, ready), GpuGauges.of_this_process(page))
     return 0
 
 
@@ -71,7 +74,9 @@ def _first_message(channel: Channel) -> EngineConfig:
             return message
 
 
-def _loop(channel: Channel, page: StatusPage, core: EngineCore, updates: Updates) -> None:
+def _loop(
+    channel: Channel, page: StatusPage, core: EngineCore, updates: Updates, gauges: GpuGauges | None = None
+) -> None:
     checked = core.steps
     while True:
         messages = channel.poll(timeout=0.0 if core.has_work else IDLE_TICK)
@@ -84,7 +89,7 @@ def _loop(channel: Channel, page: StatusPage, core: EngineCore, updates: Updates
                     core.add(request)
                 case Abort(request_id, sample_index):
                     core.abort(request_id, sample_index)
-                case LoadAdapter() | DropAdapter():
+                case LoadAdapter() | DropAdapter() | StageWeights() | ApplyWeights() | DropWeights():
                     updates.begin(message)
                 case Shutdown():
                     return
@@ -94,6 +99,8 @@ def _loop(channel: Channel, page: StatusPage, core: EngineCore, updates: Updates
             channel.send(changed)
         report = core.step(channel.send)
         publish(page, core)
+        if gauges is not None:
+            gauges.publish()
         if report is not None:
             channel.send(report)
 

@@ -188,7 +188,7 @@ class Adapters:
             self._drop(source.key)  # comes after it, and undoes it
             raise
         except ChangeRefused as error:
-            raise _refused(error, directory) from error
+            raise refused(error, directory) from error
         assert changed.adapter is not None
         return changed.adapter
 
@@ -217,7 +217,7 @@ class Adapters:
         return self._engine
 
 
-def _refused(error: ChangeRefused, directory: Path) -> ApiError | ChangeRefused:
+def refused(error: ChangeRefused, directory: Path) -> ApiError | ChangeRefused:
     """What is told of it: paths from the folder on."""
     if error.refusal is Refusal.INVALID:
         told = str(error).replace(f"{directory.parent}/", "")

@@ -9,25 +9,38 @@ from typing import Any
 
 import grpc
 
+from salver.server.rpc import convert
 from salver.server.rpc.adapters import Adapters
 from salver.server.rpc.calls import current_call
 from salver.server.rpc.directories import NAME_RULE, folder_under, is_name
 from salver.server.rpc.errors import ApiError, shortened
 from salver.server.rpc.served import Front, LoadedAdapter
 from salver.server.rpc.validation import Violations
+from salver.server.rpc.weights import Mode, Weights
 from salver.v1 import admin_pb2, admin_pb2_grpc
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
+_UPDATE_MODES: dict[int, Mode] = {
+    admin_pb2.IN_FLIGHT_UNSPECIFIED: "wait",
+    admin_pb2.IN_FLIGHT_WAIT: "wait",
+    admin_pb2.IN_FLIGHT_ABORT: "abort",
+    admin_pb2.IN_FLIGHT_KEEP: "keep",
+}
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
     """On a port of its own, see `admin_server`."""
 
-    def __init__(self, front: Front, adapters: Adapters, adapter_root: Path | None) -> None:
+    def __init__(
+        self, front: Front, adapters: Adapters, weights: Weights, *,
+        adapter_root: Path | None, weights_root: Path | None,
+    ) -> None:  # fmt: skip
         self._front = front
         self._adapters = adapters
+        self._weights = weights
         self._adapter_root = adapter_root
+        self._weights_root = weights_root
 
     async def LoadAdapter(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         directory = request.directory or request.name
@@ -82,6 +95,24 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             next_page_token=token,
             max_adapters=self._adapters.limit,
         )
+
+    async def UpdateWeights(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        mode = request.in_flight
+        _audit(directory=request.directory, in_flight=_mode_name(mode))
+        if self._weights_root is None:
+            raise _not_configured("--weights-root")
+        violations = Violations()
+        if mode not in _UPDATE_MODES:
+            violations.add("in_flight", "must be IN_FLIGHT_WAIT, IN_FLIGHT_ABORT or IN_FLIGHT_KEEP")
+        violations.raise_any()
+        path = await asyncio.to_thread(folder_under, self._weights_root, request.directory, "directory")
+        done = await self._weights.update(path, _UPDATE_MODES[mode])
+        _audit(version=done.version, digest=done.digest, aborted=done.num_aborted, kept=done.num_kept)
+        return admin_pb2.UpdateWeightsResponse(
+            version=done.version, digest=done.digest, numerics_id=done.numerics_id,
+            num_aborted=done.num_aborted, num_kept=done.num_kept, pause=convert.duration(done.pause),
+            unchanged=done.unchanged,
+        )  # fmt: skip
 
 
 def _message(

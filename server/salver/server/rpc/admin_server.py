@@ -22,6 +22,7 @@ from salver.server.rpc.reflection import add_reflection
 from salver.server.rpc.served import Front
 from salver.server.rpc.tenancy import Tenancy
 from salver.server.rpc.tls import server_credentials
+from salver.server.rpc.weights import Weights
 from salver.server.tenants import Tenants
 from salver.v1 import admin_pb2, admin_pb2_grpc
 
@@ -34,7 +35,9 @@ _MAX_CALLS = 64
 class AdminServer:
     """Answers AdminService, health and reflection."""
 
-    def __init__(self, config: AdminConfig, front: Front, adapters: Adapters, metrics: Metrics) -> None:
+    def __init__(
+        self, config: AdminConfig, front: Front, adapters: Adapters, weights: Weights, metrics: Metrics
+    ) -> None:
         """On the event loop that it runs on. Raises BadFile for certificates and tokens."""
         self.health = HealthService((ADMIN,))
         self.credentials = server_credentials(*config.admin_tls, metrics.reloaded)
@@ -53,7 +56,10 @@ class AdminServer:
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminService(front, adapters, config.adapter_root), self.server
+            AdminService(
+                front, adapters, weights, adapter_root=config.adapter_root, weights_root=config.weights_root
+            ),
+            self.server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         add_reflection(self.server, (ADMIN, HEALTH))

@@ -15,6 +15,7 @@ from salver.server.rpc.encoding_call import Computed, EncodingCall, EngineCalls,
 from salver.server.rpc.encoding_messages import (
     check_count,
     check_embed,
+    check_pair,
     check_targets,
     check_texts,
     embedded,
@@ -96,6 +97,7 @@ class EncodingService(EngineCalls, encoding_pb2_grpc.EncodingServiceServicer):
         check_texts(request.documents, "documents", violations)
         if not request.query:
             violations.add("query", "must not be empty")
+        check_pair("documents", model, violations)
         count = check_count(request, "top_n", len(request.documents) or 1, None, violations)
         with self._call(request, context, violations, model, arrival, len(request.documents)) as call:
             pairs = [(request.query, document) for document in request.documents]
@@ -120,6 +122,8 @@ class EncodingService(EngineCalls, encoding_pb2_grpc.EncodingServiceServicer):
         for position, item in enumerate(request.inputs):
             if not item.text:
                 violations.add(f"inputs[{position}].text", "must not be empty")
+            if item.HasField("pair"):
+                check_pair(f"inputs[{position}].pair", model, violations)
         count = check_count(request, "top_k", MAX_TOP_K, None, violations)
         activation = _ACTIVATIONS.get(request.activation) or activation_of(
             model.problem_type, len(model.labels)
@@ -220,6 +224,7 @@ class EncodingService(EngineCalls, encoding_pb2_grpc.EncodingServiceServicer):
         for field in ("question", "context"):
             if not getattr(request, field).strip():
                 violations.add(field, "must not be empty")
+        check_pair("context", model, violations)
         limit = model.limits.max_model_len
         count = check_count(request, "top_k", MAX_TOP_K, 1, violations) or 1
         longest = check_count(request, "max_answer_tokens", limit, DEFAULT_ANSWER_TOKENS, violations) or 1

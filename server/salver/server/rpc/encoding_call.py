@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -19,6 +19,7 @@ from salver.server.engine.errors import (
     RequestFailed,
     RequestOutOfMemory,
 )
+from salver.server.engine.explanation import RequestBooks
 from salver.server.engine.request import (
     EncodingParams,
     EngineRequest,
@@ -45,8 +46,9 @@ Arrays = tuple[NDArray[Any], ...]
 class ArraySink:
     """Takes the arrays of one input; `done` ends with them or with an EngineError."""
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, books: RequestBooks) -> None:
         self.request = request
+        self._books = books
         self.done: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
         self.timings = SequenceTimings()
 
@@ -57,6 +59,7 @@ class ArraySink:
         reason = output.finish_reason
         if self.done.done() or reason is None:
             return
+        self._books.took(output, time.monotonic())
         if reason is FinishReason.DEADLINE:
             self.fail(RequestDeadlineExceeded("the deadline passed before everything was computed"))
         elif reason is FinishReason.MEMORY:
@@ -88,6 +91,7 @@ class NextToken:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     stopping: StoppingParams = field(default_factory=lambda: StoppingParams(max_tokens=0))
     output_token_ids: tuple[int, ...] = ()
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class Computed:
     arrays: list[Arrays]
     num_tokens: int
     timings: SequenceTimings
+    books: RequestBooks | None = None  # of a call that asked to be explained
 
 
 class EncodingCall:
@@ -113,8 +118,11 @@ class EncodingCall:
         deadline: float,
         priority: int,
         adapter: str = "",
+        explain: bool = False,
     ) -> None:
         """Raises ApiError (RESOURCE_EXHAUSTED) when too much waits."""
+        self._explain = explain
+        self._books = RequestBooks(arrival)
         self._front = front
         self._metrics = metrics
         self._arrival = arrival
@@ -146,7 +154,9 @@ class EncodingCall:
         next_token = next_token or NextToken()
         num_tokens = sum(map(len, inputs)) + len(inputs) * len(next_token.output_token_ids)
         self._permit.add_tokens(num_tokens)
-        sinks = [ArraySink(self._request(*both, next_token)) for both in zip(inputs, params, strict=True)]
+        self._books.submitted(submitted := time.monotonic())
+        made = (self._request(*both, next_token) for both in zip(inputs, params, strict=True))
+        sinks = [ArraySink(replace(request, submitted=submitted), self._books) for request in made]
         self._permit.check_deadline([sink.request for sink in sinks])
         for sink in sinks:
             self._sinks.append(sink)
@@ -163,7 +173,7 @@ class EncodingCall:
         self._metrics.request_ended(timings, time.monotonic() - self._arrival)
         for _ in self._sinks:
             self._metrics.succeeded("encode")
-        return Computed(list(arrays), num_tokens, timings)
+        return Computed(list(arrays), num_tokens, timings, self._books if self._explain else None)
 
     def _request(self, tokens: EncodedText, encoding: EncodingParams, next_token: NextToken) -> EngineRequest:
         return EngineRequest(
@@ -177,6 +187,8 @@ class EncodingCall:
             arrival=self._arrival,
             encoding=encoding,
             adapter=self._adapter,
+            grammar=next_token.grammar,
+            explain=self._explain,
         )
 
     def _timings(self) -> SequenceTimings:
@@ -250,18 +262,22 @@ class EngineCalls:
         return EncodingCall(
             self._front, self._admission, self._metrics, num_inputs,
             arrival=arrival, deadline=deadline_of(context, arrival), priority=priority,
-            adapter=model.adapter,
+            adapter=model.adapter, explain=getattr(request, "explain", False),
         )  # fmt: skip
 
     @staticmethod
     def _response(
         kind: Any, request: Any, model: ServedModel, computed: Computed, arrival: float, **fields: Any
     ) -> Any:
+        total = time.monotonic() - arrival
+        if computed.books is not None:
+            fields["explanation"] = convert.explanation(computed.books.explain(arrival + total), total)
         return kind(
             request_id=request.request_id,
             model=model.name,
             usage=common_pb2.Usage(prompt_tokens=computed.num_tokens),
-            timings=convert.timings(computed.timings, time.monotonic() - arrival),
-            numerics_id=model.ready.numerics_id,
+            timings=convert.timings(computed.timings, total),
+            numerics_id=model.numerics_id,
+            weights_version=model.in_force.version,
             **fields,
         )

@@ -9,6 +9,7 @@ import numpy as np
 
 from salver.model.pooling import normalized
 from salver.model.tokenizer.encoding import EncodedText
+from salver.server.rpc.convert import add_floats
 from salver.server.rpc.errors import Violation, invalid_argument
 from salver.server.rpc.served import ServedModel
 from salver.server.rpc.validation import Violations
@@ -30,6 +31,12 @@ def check_texts(texts: Sequence[str], field: str, violations: Violations) -> Non
     for position, text in enumerate(texts):
         if not text:
             violations.add(f"{field}[{position}]", "must not be empty")
+
+
+def check_pair(field: str, model: ServedModel, violations: Violations) -> None:
+    """A second text, where the checkpoint reads two."""
+    if not model.tokenizer.reads_pairs:
+        violations.add(field, f"{model.name!r} reads single texts: its tokenizer puts nothing between two")
 
 
 def check_count(
@@ -96,26 +103,19 @@ def embedding(request: Any, tokens: EncodedText, vector: Any, model: ServedModel
         vector = vector[: request.dimensions]
     if normalize:
         vector = normalized(vector)
-    return encoding_pb2.Embedding(
-        values=vector.tolist(), num_tokens=len(tokens), truncated_tokens=tokens.truncated
-    )
+    made = encoding_pb2.Embedding(num_tokens=len(tokens), truncated_tokens=tokens.truncated)
+    add_floats(made, "values", vector)
+    return made
 
 
 def token_embeddings(tokens: EncodedText, rows: Any, model: ServedModel) -> encoding_pb2.Embedding:
-    return encoding_pb2.Embedding(
-        tokens=[
-            encoding_pb2.TokenEmbedding(
-                token_id=token_id,
-                token=model.tokenizer.token_bytes(token_id),
-                start=start,
-                end=end,
-                values=row.tolist(),
-            )
-            for token_id, (start, end), row in zip(tokens.token_ids, tokens.offsets, rows, strict=True)
-        ],
-        num_tokens=len(tokens),
-        truncated_tokens=tokens.truncated,
-    )
+    made = encoding_pb2.Embedding(num_tokens=len(tokens), truncated_tokens=tokens.truncated)
+    for token_id, (start, end), row in zip(tokens.token_ids, tokens.offsets, rows, strict=True):
+        token = made.tokens.add(
+            token_id=token_id, token=model.tokenizer.token_bytes(token_id), start=start, end=end
+        )
+        add_floats(token, "values", row)
+    return made
 
 
 # --- FillMask ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -80,7 +80,8 @@ class _Generation:
             model=self.model.name,
             completions=completions,
             seed=seed,
-            numerics_id=self.model.ready.numerics_id,
+            numerics_id=self.model.numerics_id,
+            weights_version=self.model.in_force.version,
         )
 
     def add_prompt(self, response: Any, logprobs: list[Logprobs]) -> None:
@@ -102,6 +103,9 @@ class _Generation:
             )
         )
         response.timings.CopyFrom(convert.timings(self.stream.timings, total))
+        explanation = self.stream.explain(self.engine_request.arrival + total)
+        if explanation is not None:
+            response.explanation.CopyFrom(convert.explanation(explanation, total))
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -215,7 +219,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 params, token_ids, model, source, arrival=arrival, deadline=deadline
             )
             grammar = await self._grammar(request, model, engine_request.outputs)
-            engine_request = replace(engine_request, grammar=grammar)
+            engine_request = replace(engine_request, grammar=grammar, explain=request.explain)
             reader = None
             if hasattr(request, "messages") and wants_reading(request):
                 reader = AnswerReader(request, model, text, dict(params.resumed))
@@ -259,22 +263,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """
         violations = Violations()
         if hasattr(request, "messages"):
-            template_of(model)
-            check_messages(request.messages, "messages", violations)
-            violations.found += check_calls(request.messages) + check_tools(request, model)
-            going_on = request.continue_final_message
-            asks = (
-                request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
-            )
-            if asks and going_on:
-                violations.add("add_generation_prompt", "cannot be set together with continue_final_message")
-
-            async def read_prompt() -> tuple[str, tuple[int, ...]]:
-                return await self._prompts.conversation(
-                    request.messages, model, add_generation_prompt=asks, continue_final_message=going_on,
-                    template_kwargs=request.template_kwargs if request.HasField("template_kwargs") else None,
-                    tools=request.tools,
-                )  # fmt: skip
+            read_prompt = read_conversation(request, model, self._prompts, violations, tools=request.tools)
+            violations.found += check_tools(request, model)
         else:
             check_prompt(request.prompt, "prompt", model.limits.vocab_size, violations)
 
@@ -291,6 +281,36 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             violations.found += check_followable(request, model)
         violations.raise_any()
         return params, read_prompt
+
+
+def read_conversation(
+    request: Any,
+    model: ServedModel,
+    prompts: PromptReader,
+    violations: Violations,
+    *,
+    tools: Sequence[generation_pb2.Tool] = (),
+) -> Callable[[], Awaitable[tuple[str, tuple[int, ...]]]]:
+    """Checks `messages` and what says how they are written; how to read them then: their text and its ids.
+
+    Raises ApiError (FAILED_PRECONDITION) where the checkpoint has no chat template.
+    """
+    template_of(model)
+    check_messages(request.messages, "messages", violations)
+    violations.found += check_calls(request.messages)
+    going_on = request.continue_final_message
+    asks = request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
+    if asks and going_on:
+        violations.add("add_generation_prompt", "cannot be set together with continue_final_message")
+
+    async def read() -> tuple[str, tuple[int, ...]]:
+        return await prompts.conversation(
+            request.messages, model, add_generation_prompt=asks, continue_final_message=going_on,
+            template_kwargs=request.template_kwargs if request.HasField("template_kwargs") else None,
+            tools=tools,
+        )  # fmt: skip
+
+    return read
 
 
 def _engine_request(

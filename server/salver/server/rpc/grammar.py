@@ -88,14 +88,27 @@ class GrammarCompiler:
         self._closed = False
 
     async def compile(
-        self, proto: generation_pb2.StructuredOutput, model: ServedModel, outputs: Sequence[Sequence[int]]
+        self,
+        proto: generation_pb2.StructuredOutput,
+        model: ServedModel,
+        outputs: Sequence[Sequence[int]],
+        *,
+        outputs_field: str = "resume.samples",
     ) -> str:
-        """The grammar for the engine. `outputs` are resumed tokens, which must follow it. Raises ApiError."""
+        """The grammar for the engine. `outputs` are tokens so far, which must follow it. Raises ApiError."""
         form, value = _form_of(proto)
-        return await self.compile_form(form, value, f"structured_output.{form}", model, outputs)
+        field = f"structured_output.{form}"
+        return await self.compile_form(form, value, field, model, outputs, outputs_field=outputs_field)
 
     async def compile_form(
-        self, form: str, value: Any, field: str, model: ServedModel, outputs: Sequence[Sequence[int]]
+        self,
+        form: str,
+        value: Any,
+        field: str,
+        model: ServedModel,
+        outputs: Sequence[Sequence[int]],
+        *,
+        outputs_field: str = "resume.samples",
     ) -> str:
         """The same, of a form of StructuredOutput; what is wrong with it is wrong with `field`."""
         key = (form, json.dumps(value))
@@ -109,7 +122,7 @@ class GrammarCompiler:
             asking.add_done_callback(self._asking.discard)
             answer = await asyncio.shield(asking)
         if "output" in answer:
-            raise invalid_argument([Violation("resume.samples", f"do not follow {field.partition('.')[0]}")])
+            raise invalid_argument([Violation(outputs_field, f"do not follow {field.partition('.')[0]}")])
         if "error" in answer:
             raise invalid_argument([Violation(field, answer["error"])])
         return str(answer["grammar"])

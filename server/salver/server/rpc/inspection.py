@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 
 from salver.model.tokenizer.encoding import EncodedText
+from salver.server.admission import Admission
 from salver.server.engine.request import EncodingParams, Readout
+from salver.server.metrics import Metrics
 from salver.server.rpc.configuration import Configuration
+from salver.server.rpc.convert import add_floats
 from salver.server.rpc.encoding_call import Arrays, EngineCalls, NextToken, encoding_params, fitted
+from salver.server.rpc.encoding_messages import check_pair
 from salver.server.rpc.errors import Violation, invalid_argument, out_of_range
+from salver.server.rpc.generation import read_conversation
+from salver.server.rpc.grammar import GrammarCompiler, check_followable, check_structured_output
 from salver.server.rpc.model_card import model_card
-from salver.server.rpc.served import ServedModel, Task
+from salver.server.rpc.prompts import PromptReader
+from salver.server.rpc.served import Front, ServedModel, Task
 from salver.server.rpc.validation import (
     Violations,
     check_next_token,
@@ -26,7 +34,7 @@ from salver.server.rpc.validation import (
 )
 from salver.server.tasks.attention import head_mean, merged, rollout, strongest, words_of
 from salver.server.tasks.scores import Array
-from salver.v1 import common_pb2, inspection_pb2, inspection_pb2_grpc
+from salver.v1 import inspection_pb2, inspection_pb2_grpc
 
 MAX_CANDIDATES = 1000
 DEFAULT_CANDIDATES = 10
@@ -35,6 +43,17 @@ DEFAULT_CANDIDATES = 10
 class InspectionService(EngineCalls, inspection_pb2_grpc.InspectionServiceServicer):
     """Shows what a model's answers are made of."""
 
+    def __init__(
+        self,
+        front: Front,
+        admission: Admission,
+        metrics: Metrics,
+        reader: PromptReader,
+        grammars: GrammarCompiler,
+    ) -> None:
+        super().__init__(front, admission, metrics, reader)
+        self._grammars = grammars
+
     async def GetDistribution(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         arrival = time.monotonic()
         model = model_named(request.model, self._front.model)
@@ -42,25 +61,51 @@ class InspectionService(EngineCalls, inspection_pb2_grpc.InspectionServiceServic
         violations = Violations()
         check_request_id(request.request_id, violations)
         limits = model.limits
-        check_prompt(request.prompt, "prompt", limits.vocab_size, violations)
+        read = self._reading(request, model, violations)
         check_token_ids(request.output_token_ids, "output_token_ids", limits.vocab_size, violations)
         configuration, sampling, stopping = check_next_token(request, model, violations)
         count = request.num_candidates if request.HasField("num_candidates") else DEFAULT_CANDIDATES
         if not 1 <= count <= MAX_CANDIDATES:
             violations.add("num_candidates", f"{count} must be between 1 and {MAX_CANDIDATES}")
+        if request.HasField("structured_output"):
+            violations.found += check_structured_output(request) + check_followable(request, model)
         with self._call(request, context, violations, model, arrival) as call:
-            ids = await self._reader.prompt(request.prompt, model)
+            ids = await read()
             sampling = await self._reader.with_words(configuration.sampling, sampling, model)
             output = tuple(request.output_token_ids)
             check_score_length(len(ids) + len(output), "the prompt with output_token_ids", limits)
+            grammar = ""
+            if request.HasField("structured_output"):
+                grammar = await self._grammars.compile(
+                    request.structured_output, model, [output], outputs_field="output_token_ids"
+                )
             params = EncodingParams(Readout.DISTRIBUTION, top_k=min(count, limits.vocab_size))
             computed = await call.compute(
-                [EncodedText.of_ids(ids)], [params], NextToken(sampling, stopping, output)
+                [EncodedText.of_ids(ids)], [params], NextToken(sampling, stopping, output, grammar)
             )
         return self._response(
             inspection_pb2.GetDistributionResponse, request, model, computed, arrival,
             steps=_steps(computed.arrays[0], model), configuration=_said(configuration),
         )  # fmt: skip
+
+    def _reading(
+        self, request: Any, model: ServedModel, violations: Violations
+    ) -> Callable[[], Awaitable[tuple[int, ...]]]:
+        """Checks the prompt or the conversation, whichever there is; how its ids are read."""
+        if not request.messages:
+            for name in ("add_generation_prompt", "continue_final_message", "template_kwargs"):
+                if request.HasField(name):
+                    violations.add(name, "needs messages")
+            check_prompt(request.prompt, "prompt", model.limits.vocab_size, violations)
+            return lambda: self._reader.prompt(request.prompt, model)
+        if request.HasField("prompt"):
+            violations.add("messages", "cannot be set together with a prompt")
+        read = read_conversation(request, model, self._reader, violations)
+
+        async def ids() -> tuple[int, ...]:
+            return (await read())[1]
+
+        return ids
 
     async def GetModelCard(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         base = self._front.model
@@ -74,8 +119,8 @@ class InspectionService(EngineCalls, inspection_pb2_grpc.InspectionServiceServic
         check_prompt(request.prompt, "prompt", model.limits.vocab_size, violations)
         layers, heads = _check_attention(request, model, violations)
         with self._call(request, context, violations, model, arrival) as call:
-            text = request.prompt.text
-            tokens = await self._reader.run(len(text), lambda: _tokens_of(request.prompt, model))
+            texts = (request.prompt.text, request.pair)
+            tokens = await self._reader.run(sum(map(len, texts)), lambda: _tokens_of(request, model))
             if not tokens.token_ids:
                 raise invalid_argument([Violation("prompt.text", "tokenizes to nothing")])
             tokens = fitted(tokens, model.limits.capacity, "prompt", request.truncate, model)
@@ -87,7 +132,7 @@ class InspectionService(EngineCalls, inspection_pb2_grpc.InspectionServiceServic
             )
             size = computed.arrays[0][0].size
             units, matrices = await self._reader.run(
-                size, lambda: _attention(request, text, tokens, computed.arrays[0][0], layers, heads, model)
+                size, lambda: _attention(request, texts, tokens, computed.arrays[0][0], layers, heads, model)
             )
         return self._response(
             inspection_pb2.GetAttentionResponse, request, model, computed, arrival,
@@ -149,15 +194,24 @@ def _check_attention(
         violations.add("heads", "cannot be chosen for a rollout, which is of all heads")
     if request.HasField("top_k") and request.top_k < 1:
         violations.add("top_k", "must be at least 1")
+    if request.HasField("pair"):
+        if model.encoder is None:
+            violations.add("pair", f"{model.name!r} is a decoder, which reads one text")
+        elif request.prompt.WhichOneof("prompt") == "token_ids":
+            violations.add("pair", "needs a text beside it, not token ids")
+        else:
+            check_pair("pair", model, violations)
     if request.merge_words and request.prompt.WhichOneof("prompt") == "token_ids":
         violations.add("merge_words", "needs a text: token ids have no words")
     return chosen[0], chosen[1]
 
 
-def _tokens_of(prompt: common_pb2.Prompt, model: ServedModel) -> EncodedText:
-    if prompt.WhichOneof("prompt") == "token_ids":
-        return EncodedText.of_ids(prompt.token_ids.ids)
-    return model.tokenizer.encode_input(prompt.text)
+def _tokens_of(request: Any, model: ServedModel) -> EncodedText:
+    if request.prompt.WhichOneof("prompt") == "token_ids":
+        return EncodedText.of_ids(request.prompt.token_ids.ids)
+    return model.tokenizer.encode_input(
+        request.prompt.text, request.pair if request.HasField("pair") else None
+    )
 
 
 def _check_size(num_tokens: int, num_layers: int, num_heads: int, model: ServedModel) -> None:
@@ -179,7 +233,7 @@ def _check_size(num_tokens: int, num_layers: int, num_heads: int, model: ServedM
 
 def _attention(
     request: Any,
-    text: str,
+    texts: tuple[str, str],
     tokens: EncodedText,
     weights: Array,
     layers: tuple[int, ...],
@@ -194,7 +248,7 @@ def _attention(
         weights, of_heads = head_mean(weights), (None,)
     groups = [[place] for place in range(len(tokens))]
     if request.merge_words:
-        groups = words_of(text, tokens)
+        groups = words_of(texts, tokens)
         weights = merged(weights, groups)
     matrices = []
     for layer, of_layer in zip(layers, weights, strict=True):
@@ -206,7 +260,7 @@ def _attention(
                     for query, key, weight in strongest(matrix, request.top_k)
                 )
             else:
-                made.weights.extend(matrix.ravel().tolist())
+                add_floats(made, "weights", matrix.ravel())
             matrices.append(made)
     return [_unit(group, tokens, model) for group in groups], matrices
 
@@ -218,4 +272,5 @@ def _unit(places: list[int], tokens: EncodedText, model: ServedModel) -> inspect
         token=b"".join(model.tokenizer.token_bytes(token_id) for token_id in ids),
         start=tokens.offsets[places[0]][0],
         end=tokens.offsets[places[-1]][1],
+        text=tokens.texts[places[0]] or 0,
     )

@@ -48,7 +48,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         metrics: Metrics,
-        gate: Callable[[], None],
+        gate: Callable[[], Awaitable[None]],
         enter: Callable[[str, Any], None] = lambda method, metadata: None,
         ended: Callable[[Call, str, Any], None] = lambda call, code, metadata: None,
     ) -> None:
@@ -138,7 +138,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 self._enter(method, metadata)
                 if ours:
-                    self._gate()
+                    await self._gate()
                 request = _parsed(parse)
                 request_id = current.request_id = _request_id(request)
                 return await behavior(request, context)

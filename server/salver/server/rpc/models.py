@@ -34,6 +34,7 @@ def model_message(model: ServedModel, base: str) -> model_pb2.Model:
         eos_token_ids=model.tokenizer.eos_token_ids,
         bos_token_id=model.tokenizer.bos_token_id,
         weights_digest=model.weights_digest,
+        weights_version=model.weights_version,
         base=base if model.adapter else "",
         embedding_dimensions=model.embedding_dimensions or None,
         labels=labels,
@@ -83,6 +84,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             ),
             drain_period=convert.duration(self._drain_period),
             numerics_id=model.ready.numerics_id,
+            weights_version=model.weights_version,
             device=model.ready.device,
             torch_version=model.ready.torch_version,
             startup_phases=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from salver.server.admission import Admission
@@ -14,6 +15,7 @@ from salver.server.engine.errors import (
     RequestFailed,
     RequestOutOfMemory,
 )
+from salver.server.engine.explanation import RequestBooks
 from salver.server.engine.request import (
     EngineRequest,
     FinishReason,
@@ -44,8 +46,9 @@ from salver.v1 import common_pb2, generation_pb2
 class ScoreSink:
     """Gathers the log-probabilities of one prompt; `done` ends with them or with an EngineError."""
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, books: RequestBooks) -> None:
         self.request = request
+        self._books = books
         self.done: asyncio.Future[list[Logprobs]] = asyncio.get_running_loop().create_future()
         self.timings = SequenceTimings()
         self._wanted = len(request.prompt_token_ids) - max(1, request.prompt_logprobs_start)
@@ -57,6 +60,7 @@ class ScoreSink:
     def put(self, output: SequenceOutput) -> None:
         if self.done.done():
             return
+        self._books.took(output, time.monotonic())
         if output.prompt_logprobs:
             # A preempted request tells some positions again.
             self._logprobs += output.prompt_logprobs[: self._wanted - len(self._logprobs)]
@@ -106,6 +110,7 @@ async def score(
     top_k, priority = _checked(request, model)
     permit = admission.admit(len(request.inputs))
     sinks: list[ScoreSink] = []
+    books = RequestBooks(arrival)
     submissions = Submissions(front.engine, metrics, permit)
     try:
         prompts = await reader.score(request.inputs, model)
@@ -114,10 +119,10 @@ async def score(
                 check_score_length(len(prompt.token_ids), f"inputs[{position}]", model.limits)
             else:
                 prompts[position] = _with_source(prompt, f"inputs[{position}]", request, model)
-        sinks += (
-            ScoreSink(_engine_request(prompt, top_k, priority, arrival, deadline, model))
-            for prompt in prompts
-        )
+        books.submitted(submitted := time.monotonic())
+        made = (_engine_request(prompt, top_k, priority, arrival, deadline, model) for prompt in prompts)
+        marked = (replace(item, explain=request.explain, submitted=submitted) for item in made)
+        sinks += (ScoreSink(item, books) for item in marked)
         permit.add_tokens(sum(sink.request.num_input_tokens for sink in sinks))
         # One token and nothing before it: there is nothing to compute.
         permit.check_deadline([sink.request for sink in sinks if len(sink.request.prompt_token_ids) > 1])
@@ -143,13 +148,16 @@ async def score(
     metrics.request_ended(timings, total)
     for _ in sinks:
         metrics.succeeded("score")
+    explanation = convert.explanation(books.explain(arrival + total), total) if request.explain else None
     return generation_pb2.ScoreResponse(
         request_id=request.request_id,
         model=model.name,
         results=[_result(prompt, logprobs, model) for prompt, logprobs in zip(prompts, scored, strict=True)],
         usage=common_pb2.Usage(prompt_tokens=sum(sink.request.num_input_tokens for sink in sinks)),
         timings=convert.timings(timings, total),
-        numerics_id=model.ready.numerics_id,
+        numerics_id=model.numerics_id,
+        weights_version=model.in_force.version,
+        explanation=explanation,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Protocol
 
 from salver.model.chat_template import ChatTemplate
@@ -101,6 +102,13 @@ _TASKS_OF_HEADS = {
 }
 
 
+@dataclass(slots=True)
+class WeightsInForce:
+    """Which version of the base's weights the worker computes with; 1 is the first."""
+
+    version: int = 1
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """The one checkpoint of this server, as the front knows it."""
@@ -112,6 +120,8 @@ class ServedModel:
     ready: Ready
     weights_digest: str
     limits: RequestLimits
+    weights_version: int = 1
+    in_force: WeightsInForce = field(default_factory=WeightsInForce, compare=False)
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
     checkpoint: str = ""  # its directory
     adapters: tuple[LoadedAdapter, ...] = ()  # one of each name
@@ -120,6 +130,15 @@ class ServedModel:
     embedding_dimensions: int = 0
     spec: ModelSpec | EncoderSpec | None = None
     hyperparameters: tuple[Hyperparameter, ...] = ()
+
+    @property
+    def numerics_id(self) -> str:
+        """Of an answer that ends now. Of one that began with other weights it promises nothing."""
+        mine, now = self.weights_version, self.in_force.version
+        if mine == now:
+            return self.ready.numerics_id
+        digest = sha256(f"{self.ready.numerics_id}, then version {now}".encode()).hexdigest()
+        return f"none-{digest[:16]}"
 
     @property
     def encoder(self) -> EncoderSpec | None:
@@ -227,6 +246,7 @@ class Front:
         self._running: dict[OutputSink, Call | None] = {}
         self._calls: set[Call] = set()  # of our services, that have not ended
         self._left = asyncio.Event()  # when one ends
+        self._held: asyncio.Event | None = None  # calls that would compute wait for it
 
     @contextmanager
     def running(self, sink: OutputSink) -> Iterator[None]:
@@ -245,8 +265,8 @@ class Front:
             call.doom = error
             for request_id in call.engine_requests:
                 self.engine.abort(request_id)
-        for sink, call in list(self._running.items()):
-            if call in calls:
+        for sink, asked in list(self._running.items()):
+            if asked in calls:
                 sink.fail(error)
 
     def left(self, call: Call) -> None:
@@ -278,14 +298,36 @@ class Front:
     def drain(self) -> None:
         """No new calls from now on."""
         self.state = FrontState.DRAINING
+        if self._held is not None:
+            self._held.set()  # who waits there is told
 
-    def gate(self) -> None:
-        """Lets the call that is being answered in. Raises ApiError (UNAVAILABLE) unless calls may come in."""
-        self.require_serving()
-        if (call := current_call()) is not None:
-            self._calls.add(call)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While inside, calls that come and would compute wait."""
+        self._held = asyncio.Event()
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            held.set()
 
-    def require_serving(self) -> None:
+    def computing(self) -> list[Call]:
+        """Calls that have not ended and may compute."""
+        return [call for call in self._calls if _computes(call)]
+
+    async def gate(self) -> None:
+        """Lets the call that is being answered in, perhaps after a while. Raises ApiError (UNAVAILABLE)
+        unless calls may come in."""
+        await self.require_serving()
+        call = current_call()
+        if call is None:
+            return
+        while self._held is not None and _computes(call):
+            await self._held.wait()
+            await self.require_serving()
+        self._calls.add(call)
+
+    async def require_serving(self) -> None:
         """Raises ApiError (UNAVAILABLE) unless calls may come in."""
         if self.state is FrontState.SERVING:
             return
@@ -303,3 +345,7 @@ class Front:
         if self._engine is None:
             raise loading()
         return self._engine
+
+
+def _computes(call: Call) -> bool:
+    return not call.method.startswith(("/salver.v1.ModelService/", "/salver.v1.TokenizationService/"))

@@ -37,6 +37,7 @@ from salver.server.rpc.tenancy import Tenancy
 from salver.server.rpc.tls import server_credentials
 from salver.server.rpc.tokenization import TokenizationService
 from salver.server.rpc.tracing import Tracing
+from salver.server.rpc.weights import Weights
 from salver.server.tenants import Tenants
 from salver.v1 import (
     admin_pb2,
@@ -132,7 +133,7 @@ class RpcServer:
             EncodingService(front, admission, metrics, self._prompts), self._server
         )
         inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
-            InspectionService(front, admission, metrics, self._prompts), self._server
+            InspectionService(front, admission, metrics, self._prompts, self._grammars), self._server
         )
         tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
             TokenizationService(front, self._prompts), self._server
@@ -144,9 +145,10 @@ class RpcServer:
         add_reflection(self._server, (*SERVICES, HEALTH))
         most = len(config.adapter) if config.adapter_root is None else config.resolved_max_adapters
         self.adapters = metrics.adapters.adapters = Adapters(front, most)
+        self.weights = Weights(front, config.resolved_cache_dir, metrics.weights_updated)
         self.admin: AdminServer | None = None
         if config.admin_port is not None:
-            self.admin = AdminServer(config, front, self.adapters, metrics)
+            self.admin = AdminServer(config, front, self.adapters, self.weights, metrics)
         self._probes: grpc.aio.Server | None = None
         if config.health_port is not None:
             self._probes = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
@@ -242,7 +244,7 @@ class RpcServer:
             pass
         # Watch streams never end by themselves.
         await self._server.stop(0 if self._calls.num_running else 0.05)
-        for other in (self._probes, self.admin and self.admin.server):
+        for other in (self._probes, None if self.admin is None else self.admin.server):
             if other is not None:
                 await other.stop(0)
         if self._tracing is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from salver.model.tokenizer.encoding import EncodedText
@@ -28,8 +30,8 @@ def rollout(weights: Array) -> Array:
     return found
 
 
-def words_of(text: str, tokens: EncodedText) -> list[list[int]]:
-    """The tokens of each word in order. Special tokens stand alone.
+def words_of(texts: Sequence[str], tokens: EncodedText) -> list[list[int]]:
+    """The tokens of each word of a text or a pair in order. Special tokens stand alone.
 
     A word ends where the tokenizer says so, and at white space: not every tokenizer knows words.
     """
@@ -40,7 +42,7 @@ def words_of(text: str, tokens: EncodedText) -> list[list[int]]:
             last is None
             or source is None
             or tokens.texts[last] != source
-            or _parted(text, tokens, last, place)
+            or _parted(texts[source], tokens, last, place)
         ):
             words.append([place])
         else:

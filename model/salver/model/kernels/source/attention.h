@@ -12,6 +12,9 @@
 // The cache holds, for a block and a head, 16 keys as [head_dim / STEP][16][STEP] and 16 values as
 // [16 / STEP][head_dim][STEP]: sixteen lanes are sixteen keys for the scores, and sixteen dimensions
 // for the sum of values. STEP is 2 for bf16 (an instruction multiplies pairs), 1 for float.
+//
+// Encoders have no cache: whole.h lays out the keys and values of one input and head as blocks, and the same
+// walk goes over them, perhaps not from the first key on and with a bias for every distance.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +35,7 @@ struct Step {
     std::int32_t num_sequences;
     const std::int64_t* token_ids;    // [num_rows]
     const std::int64_t* positions;    // [num_rows]
+    const std::int64_t* segments;     // [num_rows], of encoders alone
     const std::int64_t* slots;        // [num_rows]
     const std::int32_t* query_starts; // [num_sequences + 1]
     const std::int32_t* lengths;      // [num_sequences]
@@ -39,6 +43,10 @@ struct Step {
     std::int64_t table_stride;
     const float* cos;                 // [num_rows, head_dim / 2], or null
     const float* sin;
+    const float* local_cos;           // of layers with a window, of encoders alone
+    const float* local_sin;
+    const Step* source;               // of an encoder-decoder: every row as a sequence of one query at the end of
+                                      // its source; or null
     const std::int32_t* adapters;     // [num_rows] numbers, -1 for none; null: no row has one
 };
 
@@ -55,23 +63,25 @@ struct CacheShape {
     }
 };
 
+// Turns query and key of a row by angles [head_dim / 2].
+inline void rotate(const CacheShape& c, const float* cos, const float* sin, float* heads) {
+    const int half = c.head_dim / 2;
+    for (int head = 0; head < c.heads + c.kv_heads; head++) {
+        float* x = heads + head * c.head_dim;
+        for (int i = 0; i < half; i++) {
+            const float a = x[i], b = x[i + half];
+            x[i] = a * cos[i] - b * sin[i];
+            x[i + half] = b * cos[i] + a * sin[i];
+        }
+    }
+}
+
 // Turns query and key of a row by its position and stores key and value where the row's slot says.
 template <typename T>
 void rotate_and_store(const CacheShape& c, const Step& step, int layer, int row, float* heads) {
     using Value = typename T::Weight;
-    const int half = c.head_dim / 2;
-    if (step.cos != nullptr) {
-        const float* cos = step.cos + static_cast<std::ptrdiff_t>(row) * half;
-        const float* sin = step.sin + static_cast<std::ptrdiff_t>(row) * half;
-        for (int head = 0; head < c.heads + c.kv_heads; head++) {
-            float* x = heads + head * c.head_dim;
-            for (int i = 0; i < half; i++) {
-                const float a = x[i], b = x[i + half];
-                x[i] = a * cos[i] - b * sin[i];
-                x[i + half] = b * cos[i] + a * sin[i];
-            }
-        }
-    }
+    const std::ptrdiff_t angles = static_cast<std::ptrdiff_t>(row) * (c.head_dim / 2);
+    if (step.cos != nullptr) rotate(c, step.cos + angles, step.sin + angles, heads);
     if (row >= step.query_starts[step.num_sequences]) return;  // padding
     const std::int64_t block = step.slots[row] / BLOCK;
     const int offset = static_cast<int>(step.slots[row] % BLOCK);
@@ -127,20 +137,26 @@ public:
     Walk(const CacheShape& cache, int layer, int kv_head, const std::int64_t* table)
         : cache_(cache), layer_(layer), kv_head_(kv_head), table_(table) {}
 
-    void set(int row, const float* query, int keys) {
+    // A row sees the keys [first, keys). `bias`, if any, has an entry for each key, in powers of two.
+    void set(int row, const float* query, int keys, int first = 0, const float* bias = nullptr) {
         const __m512 scale = _mm512_set1_ps(cache_.scale * 1.44269504f);
         for (int i = 0; i < cache_.head_dim; i += LANES) {
             store(query_[row] + i, _mm512_mul_ps(_mm512_loadu_ps(query + i), scale));
             _mm512_store_ps(sum_[row] + i, _mm512_setzero_ps());
         }
         keys_[row] = keys;
+        first_[row] = first;
+        bias_[row] = bias;
         most_ = row == 0 || keys > most_ ? keys : most_;
+        const int begin = first / TILE * TILE;
+        begin_ = row == 0 || begin < begin_ ? begin : begin_;
+        seen_[row] = false;
         top_[row] = 0;
         total_[row] = _mm512_setzero_ps();
     }
 
     void run() {
-        for (int begin = 0; begin < most_; begin += TILE) tile(begin);
+        for (int begin = begin_; begin < most_; begin += TILE) tile(begin);
     }
 
     template <typename Out>
@@ -166,12 +182,12 @@ private:
         const Value *keys[TILE_BLOCKS], *values[TILE_BLOCKS];
         const int blocks = find(begin, keys, values);
         if constexpr (FEW) {
-            if (begin == 0) {
+            if (begin == begin_) {
                 for (int i = 0; i < blocks; i++) {
                     ask(keys[i]);
                     ask(values[i]);
                 }
-                find(0, next_keys_, next_values_);
+                find(begin_, next_keys_, next_values_);
             }
             find(begin + TILE, next_keys_, next_values_);  // past the end those of before stay
         }
@@ -187,6 +203,9 @@ private:
             if (cache_.head_dim - d >= 4 * LANES) {
                 add_values<4>(d, blocks, values);
                 d += 4 * LANES;
+            } else if (cache_.head_dim - d >= 2 * LANES) {
+                add_values<2>(d, blocks, values);
+                d += 2 * LANES;
             } else {
                 add_values<1>(d, blocks, values);
                 d += LANES;
@@ -231,22 +250,33 @@ private:
 
     // Scores, less `top`, to weights.
     void weigh(int r, int begin, __m512 (&scores)[TILE_BLOCKS]) {
-        if (const int seen = keys_[r] - begin; seen < TILE) {
-            const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        if (bias_[r] != nullptr)
             for (int i = 0; i < TILE_BLOCKS; i++)
-                scores[i] = _mm512_mask_blend_ps(tail_mask(seen - i * BLOCK), nothing, scores[i]);
+                scores[i] = _mm512_add_ps(scores[i], _mm512_loadu_ps(bias_[r] + begin + i * BLOCK));
+        const int seen = keys_[r] - begin, hidden = first_[r] - begin;
+        if (seen < TILE || hidden > 0) {
+            const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+            for (int i = 0; i < TILE_BLOCKS; i++) {
+                const __mmask16 there = tail_mask(seen - i * BLOCK) & ~tail_mask(hidden - i * BLOCK);
+                scores[i] = _mm512_mask_blend_ps(there, nothing, scores[i]);
+            }
         }
         const __m512 most = _mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3]));
-        if (begin == 0 || _mm512_cmp_ps_mask(most, _mm512_set1_ps(MARGIN), _CMP_GT_OQ) != 0)
-            raise(r, begin, _mm512_reduce_max_ps(most), scores);
+        if (!seen_[r] || _mm512_cmp_ps_mask(most, _mm512_set1_ps(MARGIN), _CMP_GT_OQ) != 0) {
+            // A row whose keys begin in a later tile has nothing to raise yet.
+            if (hidden < TILE) raise(r, _mm512_reduce_max_ps(most), scores);
+        }
         total_[r] = put_weights(weights_[r], scores, total_[r]);
     }
 
     // Raises a row's `top`; what was summed before is brought to it.
-    void raise(int r, int begin, float by, __m512 (&scores)[TILE_BLOCKS]) {
+    void raise(int r, float by, __m512 (&scores)[TILE_BLOCKS]) {
         for (__m512& score : scores) score = _mm512_sub_ps(score, _mm512_set1_ps(by));
         top_[r] += by;
-        if (begin == 0) return;
+        if (!seen_[r]) {
+            seen_[r] = true;
+            return;
+        }
         const __m512 less = power_of_two(_mm512_set1_ps(-by));
         total_[r] = _mm512_mul_ps(total_[r], less);
         for (int i = 0; i < cache_.head_dim; i += LANES)
@@ -289,7 +319,9 @@ private:
     const CacheShape& cache_;
     const int layer_, kv_head_;
     const std::int64_t* const table_;
-    int keys_[ROWS], most_ = 0;
+    int keys_[ROWS], first_[ROWS], most_ = 0, begin_ = 0;
+    bool seen_[ROWS];  // whether a row has met a key
+    const float* bias_[ROWS];
     float top_[ROWS];
     const Value *next_keys_[TILE_BLOCKS], *next_values_[TILE_BLOCKS];  // of the next tile, when FEW
     __m512 total_[ROWS];
@@ -307,6 +339,9 @@ struct Attention {
     void* out;           // [rows, out_stride]
     std::ptrdiff_t out_stride;
     bool to_bf16;
+    // [heads, reach + TILE], in powers of two: entry reach - 1 - d is what a key gets at distance d; or null.
+    const float* distances;
+    int reach;
 };
 
 template <typename T, int ROWS>
@@ -322,7 +357,10 @@ void attend_rows(const Attention& a, int sequence, int kv_head, int first) {
     };
     for (int r = 0; r < ROWS; r++) {
         const auto [position, column] = place(r);
-        walk.set(r, a.heads + (start + position) * a.stride + column, past + position + 1);
+        const int keys = past + position + 1;
+        const float* bias = nullptr;
+        if (a.distances != nullptr) bias = a.distances + column / c.head_dim * (a.reach + TILE) + a.reach - keys;
+        walk.set(r, a.heads + (start + position) * a.stride + column, keys, 0, bias);
     }
     walk.run();
     for (int r = 0; r < ROWS; r++) {

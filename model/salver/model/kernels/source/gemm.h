@@ -338,16 +338,19 @@ void multiply_rows(const Gemm& g, int rows, int row, int begin, int end) {
     }
 }
 
-// Panels [begin, end) of the product: many rows one panel after the other, all rows while it is near.
+// Rows are multiplied in tiles of about equal size.
+inline int tiles_of(const Gemm& g) { return (g.rows + MAX_ROWS - 1) / MAX_ROWS; }
+
+// Panels [begin, end) of the product of tiles [first, last): one panel after the other, all rows while it is near.
 template <typename T>
-void multiply(const Gemm& g, int begin, int end) {
+void multiply(const Gemm& g, int begin, int end, int first, int last) {
     if (g.rows <= MAX_ROWS) {
         multiply_rows<T>(g, g.rows, 0, begin, end);
         return;
     }
-    const int tiles = (g.rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int tiles = tiles_of(g);
     for (int panel = begin; panel < end; panel++) {
-        for (int tile = 0; tile < tiles; tile++) {
+        for (int tile = first; tile < last; tile++) {
             const int row = static_cast<int>(static_cast<std::int64_t>(g.rows) * tile / tiles);
             const int next = static_cast<int>(static_cast<std::int64_t>(g.rows) * (tile + 1) / tiles);
             multiply_rows<T>(g, next - row, row, panel, panel + 1);

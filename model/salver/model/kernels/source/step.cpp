@@ -1,4 +1,4 @@
-// A step of a decoder: a list of operations, run by all threads together with a barrier between two.
+// A step of a decoder or an encoder: a list of operations, run by all threads together with a barrier between two.
 //
 // Plain C interface, called through ctypes. The threads are OpenMP's, those that torch uses: the
 // caller passes the address of GOMP_parallel, so that one pool of threads exists in the process.
@@ -14,6 +14,7 @@
 #include "gemm.h"
 #include "int4.h"
 #include "simd.h"
+#include "whole.h"
 
 using namespace salver;
 
@@ -22,7 +23,7 @@ namespace {
 enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum Kind : std::int32_t {
     EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7,
-    SHRINK = 8
+    ADD_SEGMENTS = 8, ROTATE = 9, ATTEND_WHOLE = 10, ATTEND_SOURCE = 11, SHRINK = 12
 };
 
 // A matrix of activations with one row for each row of the step.
@@ -52,11 +53,12 @@ struct Operation {
     std::int32_t layer;
     std::int32_t in, out;      // buffers
     std::int32_t weight;       // of the list of weights, or -1
-    std::int32_t extra;        // EMBED: the weight of learned positions, or -1
+    std::int32_t extra;        // EMBED: the weight of learned positions, or -1; attention: the bias's reach
+    std::int32_t window;       // ROTATE, ATTEND_WHOLE: how far a token sees to either side; 0: everywhere
     std::int32_t epilogue, activation;
-    const float* scale;        // norms
+    const float* scale;        // norms; attention: the bias, or null
     const float* shift;        // LAYER_NORM
-    float epsilon;
+    float epsilon;             // norms; EMBED: what the embeddings are multiplied by, 0 for nothing
     std::int32_t adapted;      // which of the places that adapters change, or -1
 };
 
@@ -114,7 +116,7 @@ private:
 class Dealer {
 public:
     void clear() { next_.store(0, std::memory_order_relaxed); }
-    int take(int pieces = 1) { return next_.fetch_add(pieces, std::memory_order_relaxed); }
+    int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
 private:
     alignas(64) std::atomic<int> next_{0};
@@ -187,9 +189,14 @@ void read_row(const Weight& w, std::int64_t index, float* out, bool add) {
     auto put = [&](int k, float value) { out[k] = add ? out[k] + value : value; };
     const std::int64_t depth = w.depth;
     if (w.panels == 0) {
-        for (int k = 0; k < w.depth; k++)
-            put(k, w.precision == FLOAT ? static_cast<const float*>(w.data)[index * depth + k]
-                                        : to_float(static_cast<const bf16*>(w.data)[index * depth + k]));
+        for (int k = 0; k < w.depth; k += LANES) {
+            const __mmask16 mask = tail_mask(w.depth - k);
+            __m512 x = w.precision == FLOAT
+                ? _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.data) + index * depth + k)
+                : load_bf16(static_cast<const bf16*>(w.data) + index * depth + k, mask);
+            if (add) x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out + k), x);
+            store(out + k, x, mask);
+        }
         return;
     }
     const std::int64_t panel = index / PANEL * PANEL * depth;
@@ -276,7 +283,7 @@ Gemm product(const Weight& w, const Buffer& in, Out out, int rows) {
 }
 
 
-using Multiply = void (*)(const Gemm&, int, int);
+using Multiply = void (*)(const Gemm&, int, int, int, int);
 
 Multiply multiply_of(const Weight& w, const Buffer& in) {
     if (w.precision == FLOAT) return multiply<Float>;
@@ -285,12 +292,21 @@ Multiply multiply_of(const Weight& w, const Buffer& in) {
     return in.precision == FLOAT ? multiply<Widened> : multiply<Half>;
 }
 
-void run_product(const Gemm& g, Multiply multiply, int threads, Dealer& dealer) {
+constexpr int NEAR = 1 << 19;  // bytes of the input that stay in a core's own cache while panels pass
+constexpr int SIZES[] = {sizeof(float), sizeof(bf16), sizeof(std::int8_t)};  // by precision
+
+void run_product(const Gemm& g, const Buffer& in, Multiply multiply, int threads, Dealer& dealer) {
+    // All threads are at the same rows, as many as stay near: they pass the panels one after the other.
+    const int tiles = tiles_of(g), tile_bytes = MAX_ROWS * g.depth * SIZES[in.precision];
+    const int blocks = (tiles * std::min(tile_bytes, NEAR / 4) + NEAR - 1) / NEAR;
     // With few rows the weight streams from memory, which likes long runs.
     const int pieces = threads * (g.rows < 8 ? 2 : 8);
     const int run = threads == 1 ? g.panels : std::max(1, g.panels / pieces);
-    for (int begin = dealer.take(run); begin < g.panels; begin = dealer.take(run))
-        multiply(g, begin, std::min(g.panels, begin + run));
+    const int runs = (g.panels + run - 1) / run;
+    for (int mine = dealer.take(); mine < blocks * runs; mine = dealer.take()) {
+        const int block = mine / runs, begin = mine % runs * run;
+        multiply(g, begin, std::min(g.panels, begin + run), tiles * block / blocks, tiles * (block + 1) / blocks);
+    }
 }
 
 constexpr int MAX_WIDTH = 32768;
@@ -325,7 +341,7 @@ template <typename T>
 void attend_all(const Program& p, const Step& step, const Operation& op, Dealer& dealer) {
     const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
     const Attention a{p.cache, step, op.layer, static_cast<const float*>(in.data), in.stride,
-                      out.data, out.stride, out.precision == BF16};
+                      out.data, out.stride, out.precision == BF16, op.scale, op.extra};
     const int group = p.cache.heads / p.cache.kv_heads;
     int mine = dealer.take(), piece = 0;
     // From the last to the first: the later pieces of a chunk have the most keys.
@@ -341,6 +357,17 @@ void attend_all(const Program& p, const Step& step, const Operation& op, Dealer&
     }
 }
 
+void attend_whole_all(const Program& p, const Step& step, const Operation& op, Dealer& dealer) {
+    const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
+    const Whole whole{p.cache, step, op.window, op.scale, op.extra, static_cast<const float*>(in.data), in.stride,
+                      out.data, out.stride, out.precision == BF16};
+    thread_local Blocks blocks;
+    const int pieces = step.num_sequences * p.cache.heads;
+    // From the last to the first: the longer inputs stand last.
+    for (int mine = dealer.take(); mine < pieces; mine = dealer.take())
+        attend_whole(whole, blocks, step.num_sequences - 1 - mine / p.cache.heads, mine % p.cache.heads);
+}
+
 void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) {
     const Program& p = team.program;
     const Step& step = team.step;
@@ -353,6 +380,8 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
                 read_row(p.weights[op.weight], step.token_ids[row], floats(out, row), false);
                 if (const Adapted* own = adapters.own(row); own != nullptr)
                     adapt_embedding(*own, step.token_ids[row], out.width, floats(out, row));
+                if (op.epsilon != 0)
+                    for (int i = 0; i < out.width; i++) floats(out, row)[i] *= op.epsilon;
                 if (op.extra >= 0) read_row(p.weights[op.extra], step.positions[row], floats(out, row), true);
             }
             break;
@@ -372,7 +401,7 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
             const Weight& w = p.weights[op.weight];
             Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias, adapters};
             e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
-            run_product(product(w, in, e, step.num_rows), multiply_of(w, in), team.threads, dealer);
+            run_product(product(w, in, e, step.num_rows), in, multiply_of(w, in), team.threads, dealer);
             break;
         }
         case ROTATE_AND_STORE:
@@ -384,18 +413,35 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
                 }
             }
             break;
-        case ATTEND:
-            if (p.cache_precision == FLOAT) {
-                attend_all<Float>(p, step, op, dealer);
-            } else if (p.pairs) {
-                attend_all<Half>(p, step, op, dealer);
-            } else {
-                attend_all<Widened>(p, step, op, dealer);
+        case ADD_SEGMENTS:
+            for (int row = begin; row < end; row++) read_row(p.weights[op.weight], step.segments[row], floats(out, row), true);
+            break;
+        case ROTATE: {
+            const float *cos = op.window > 0 ? step.local_cos : step.cos, *sin = op.window > 0 ? step.local_sin : step.sin;
+            for (int row = begin; row < end; row++) {
+                const std::ptrdiff_t angles = static_cast<std::ptrdiff_t>(row) * (p.cache.head_dim / 2);
+                rotate(p.cache, cos + angles, sin + angles, floats(in, row));
             }
             break;
+        }
         case SHRINK:
             shrink_rows(in, adapters, p.shrunk, begin, end);
             break;
+        case ATTEND_WHOLE:
+            attend_whole_all(p, step, op, dealer);
+            break;
+        case ATTEND:
+        case ATTEND_SOURCE: {
+            const Step& over = op.kind == ATTEND ? step : *step.source;
+            if (p.cache_precision == FLOAT) {
+                attend_all<Float>(p, over, op, dealer);
+            } else if (p.pairs) {
+                attend_all<Half>(p, over, op, dealer);
+            } else {
+                attend_all<Widened>(p, over, op, dealer);
+            }
+            break;
+        }
         case PROGRESS:
             if (thread == 0 && team.on_progress != nullptr) team.on_progress();
             break;
@@ -419,8 +465,8 @@ void work(void* argument) {
 
 struct HeadWork {
     Gemm gemm;
+    const Buffer& in;
     Multiply multiply;
-    const Buffer* in;
     float* shrunk;
     int threads;
     Barrier barrier;
@@ -433,10 +479,10 @@ void work_head(void* argument) {
     const ProductAdapters& adapters = head.gemm.epilogue.adapters;
     if (adapters.numbers != nullptr) {
         const auto [begin, end] = part(head.gemm.rows, head.next_thread.fetch_add(1), head.threads);
-        shrink_rows(*head.in, adapters, head.shrunk, begin, end);
+        shrink_rows(head.in, adapters, head.shrunk, begin, end);
         head.barrier.wait();
     }
-    run_product(head.gemm, head.multiply, head.threads, head.dealer);
+    run_product(head.gemm, head.in, head.multiply, head.threads, head.dealer);
 }
 
 struct PackWork {
@@ -526,7 +572,7 @@ void in_parallel(void (*function)(void*), void* argument, int threads) {
 extern "C" {
 
 // Bumped with any change of the structures or of a result's bits.
-std::int32_t salver_version() { return 4; }
+std::int32_t salver_version() { return 6; }
 
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
@@ -539,9 +585,8 @@ void salver_run(const Program* program, const Step* step, std::int32_t threads, 
 // null where none has one; `shrunk` [rows, stride] is room for them.
 void salver_multiply(const Buffer* in, const Weight* weight, float* out, std::int32_t rows, std::int32_t threads,
                      const Adapted* adapted, const std::int32_t* adapters, float* shrunk, std::int64_t stride) {
-    HeadWork head{{}, multiply_of(*weight, *in), in, shrunk, threads, Barrier(threads)};
     const Epilogue e{Epilogue::STORE, NONE, false, out, weight->rows, weight->rows, weight->bias, {adapted, adapters, shrunk, stride}};
-    head.gemm = product(*weight, *in, e, rows);
+    HeadWork head{product(*weight, *in, e, rows), *in, multiply_of(*weight, *in), shrunk, threads, Barrier(threads)};
     in_parallel(work_head, &head, threads);
 }
 
