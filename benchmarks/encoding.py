@@ -168,6 +168,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
                 print(f"{peers[name].about['version']}", file=sys.stderr)
             for repeat in range(-1, args.repeats):  # the first is a warm-up
                 found = _one_repeat(args, server, peers, repeat)
+                said = ", ".join(f"{name} {figure:.1f}" for name, figure in found.items())
+                print(f"repeat {repeat + 1 or 'of the warm-up'}: {said}", file=sys.stderr)
                 if repeat >= 0:
                     for name, figure in found.items():
                         figures.setdefault(name, []).append(figure)
