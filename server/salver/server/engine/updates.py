@@ -38,7 +38,12 @@ from salver.server.engine.encoder_runner import EncoderRunner
 from salver.server.engine.request import Ready
 from salver.server.engine.runner import ModelRunner, is_out_of_memory
 from salver.server.engine.startup import DTYPES, facts_of, numerics_id_of, read_adapter
-from salver.server.engine.weight_staging import StagedWeights, stage_decoder, stage_encoder
+from salver.server.engine.weight_staging import (
+    StagedWeights,
+    UnsupportedChange,
+    stage_decoder,
+    stage_encoder,
+)
 
 # What the thread leaves to the loop: puts it in place, and says what is told of it.
 Install = Callable[[], Changed]
@@ -98,6 +103,8 @@ class Updates:
                 built: Install | Changed = self._prepare(change)
         except CheckpointError as error:
             built = Changed(change.ticket, Refusal.INVALID, str(error))
+        except UnsupportedChange as error:
+            built = Changed(change.ticket, Refusal.UNSUPPORTED, str(error))
         except Exception as error:
             if is_out_of_memory(error):
                 built = Changed(change.ticket, Refusal.MEMORY, str(error).partition("\n")[0])

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 HOST = torch.device("cpu")
 
 
+class UnsupportedChange(Exception):
+    """The weights of this engine cannot be replaced while it computes; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class StagedWeights:
     """`base` is what adapters are read for, `model` what computes them once `install` is called."""
@@ -59,6 +63,7 @@ def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, th
             quantize_model(staged, config.quantization)
 
         def copy() -> None:
+            torch.cuda.synchronize(live.device)  # a step may be in flight, on another stream
             with torch.inference_mode():
                 for own, new in zip(live.stored(), staged.stored(), strict=True):
                     own.copy_(new)
@@ -77,11 +82,11 @@ def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, th
 def stage_encoder(
     runner: EncoderRunner, config: EngineConfig, directory: Path, threads: int
 ) -> StagedWeights:
-    """As `stage_decoder`."""
+    """As `stage_decoder`; raises UnsupportedChange too."""
     spec = runner.model.spec
     check_spec(directory, spec)
     if runner.has_dense:
-        raise CheckpointError(f"{directory}: a model with dense modules after its pooling cannot be updated")
+        raise UnsupportedChange("not of a model with dense modules after its pooling")
     staged = load_encoder(directory, spec, device=runner.device, dtype=encoder_dtype(config, runner.device))
     check_numbers(staged, directory)
     computing, _ = use_kernels(config, staged, threads)
