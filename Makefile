@@ -120,8 +120,9 @@ sbom: .shipped/.done ## what an install of salver[server,otel] brings, as Cyclon
 		-o dist/salver.cdx.json .shipped/server/bin/python
 
 audit: .shipped/.done ## look for known vulnerabilities of the same (asks the advisory service of the package index)
-	.shipped/tools/bin/pip-audit --strict --skip-editable --progress-spinner off \
-		--path "$$(.shipped/server/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(AUDIT_ARGS)
+	mkdir -p dist
+	.shipped/server/bin/python -m pip --disable-pip-version-check list --exclude-editable --format=freeze > dist/shipped.txt
+	.shipped/tools/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r dist/shipped.txt $(AUDIT_ARGS)
 
 tools: .tools/.done ## install the outside tools of the tests into .tools (Debian with apt, as root)
 

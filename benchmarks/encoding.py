@@ -32,6 +32,7 @@ from benchmarks.processes import InProcess, Server
 from salver.server import catalog
 from salver.v1 import common_pb2, encoding_pb2, encoding_pb2_grpc
 
+_Stub: Any = encoding_pb2_grpc.EncodingServiceStub
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("sentence-transformers", "onnxruntime")
 VERSIONS = (
@@ -93,7 +94,7 @@ async def _embed_all(address: str, calls: Sequence[Sequence[str]], clients: int)
         await asyncio.gather(*(channel.channel_ready() for channel in channels))
 
         async def client(channel: grpc.aio.Channel) -> None:
-            embed = encoding_pb2_grpc.EncodingServiceStub(channel).Embed
+            embed = _Stub(channel).Embed
             while waiting:
                 index, request = waiting.pop()
                 replies[index] = await embed(request, timeout=300)
@@ -120,7 +121,7 @@ def embed_all(server: Server, load: Load, clients: int) -> tuple[float, list[Any
 async def _alone(address: str, texts: Sequence[str]) -> list[tuple[float, float]]:
     """Of each text, sent alone: seconds for the caller, and those in which it was computed."""
     async with grpc.aio.insecure_channel(address) as channel:
-        embed = encoding_pb2_grpc.EncodingServiceStub(channel).Embed
+        embed = _Stub(channel).Embed
         found = []
         for text in texts:
             request = request_of([text])
@@ -147,7 +148,11 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     checkpoint = catalog.fetch("minilm", cache_dir)
     home = ROOT / ".peers" / "encoding"
     versions = "-".join(VERSIONS).replace("==", "")
-    once(home, f"install-{versions}", lambda log: make_environment(home, log, [TORCH], VERSIONS) and None)
+
+    def install(log: Path) -> None:
+        make_environment(home, log, [TORCH], VERSIONS)
+
+    once(home, f"install-{versions}", install)
     python = home / "venv" / "bin" / "python"
     script = Path(__file__).with_name("peers") / "embedding_child.py"
     command = [str(checkpoint), "--onnx", str(home / "minilm.onnx"), "--threads", str(args.threads)]
@@ -163,6 +168,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
                 print(f"{peers[name].about['version']}", file=sys.stderr)
             for repeat in range(-1, args.repeats):  # the first is a warm-up
                 found = _one_repeat(args, server, peers, repeat)
+                said = ", ".join(f"{name} {figure:.1f}" for name, figure in found.items())
+                print(f"repeat {repeat + 1 or 'of the warm-up'}: {said}", file=sys.stderr)
                 if repeat >= 0:
                     for name, figure in found.items():
                         figures.setdefault(name, []).append(figure)

@@ -59,6 +59,7 @@ def manifests(overlay: str, image: str, settings: dict[str, Any]) -> list[dict[s
         for container in [*pod["initContainers"], *pod["containers"]]:
             container["image"] = image
             container["imagePullPolicy"] = "Never"
+            container.pop("ports", None)  # podman maps them, which the host's network has not
     return objects
 
 

@@ -143,7 +143,7 @@ def test_news_have_the_neighbours_that_they_should(
         for name, text, vector in zip(names, texts, wanted, strict=True):
             query = client.embed(text, truncate=True)[0].values
             near, expected = ours.nearest(query, 6), theirs.nearest(vector, 6)
-            assert near[0] == (name, pytest.approx(1, abs=1e-5))
+            assert near[0][0] == name and near[0][1] == pytest.approx(1, abs=1e-5)
             for (one, cosine), (other, same) in zip(near, expected, strict=True):
                 assert cosine == pytest.approx(same, abs=1e-4)
                 assert one == other or abs(dict(expected).get(one, same) - same) < 1e-4

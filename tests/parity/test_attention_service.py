@@ -75,7 +75,8 @@ def make(kind: str, directory: Path) -> EncodingServer:
     return EncodingServer(write(directory, kind))
 
 
-KINDS = ("llama", "native", "gpt2", *DECODERS, "BertModel", "MPNetModel", "AlbertModel", "ModernBertModel")
+ENCODERS = ("BertModel", "MPNetModel", "AlbertModel", "ModernBertModel", "DebertaV2Model")
+KINDS = ("llama", "native", "gpt2", *DECODERS, *ENCODERS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ import torch
 from support.encoders import VOCAB, Oracle, answers, load, write_encoder
 from support.stack import random_prompts
 
-from salver.model.encoder import Masks, build_encoder_batch, self_attention_weights
+from salver.model.encoder import Masks, SelfAttention, build_encoder_batch
 from salver.model.kernels.build import KernelUnavailable, find_or_build
 from salver.model.kernels.encoder_program import NativeEncoder, unsupported
 from salver.model.kernels.library import Library, Precision
@@ -120,9 +120,9 @@ def test_attention_is_told_layer_by_layer(tmp_path: Path, library: Library, arch
         batch = build_encoder_batch(model.spec, inputs, [[], []], row_multiple=1, device=model.device)
         found: list[torch.Tensor] = []
 
-        def observe(step: int, heads: torch.Tensor, masks: Masks) -> None:
+        def observe(step: int, attention: SelfAttention, heads: torch.Tensor, masks: Masks) -> None:
             rows = heads[batch.cu_seqlens[0] : batch.cu_seqlens[1]]
-            found.append(self_attention_weights(rows, masks.of(len(rows))).clone())
+            found.append(attention.weights(rows, list(range(model.spec.num_heads)), masks))
 
         model(batch, None, observe)
         return found

@@ -178,6 +178,19 @@ def test_the_next_start_captures_what_the_last_one_used(model: Transformer, tmp_
     assert GraphList(path, "this model").sizes == []
 
 
+def test_a_capture_that_fails_costs_the_graphs_and_no_answer(
+    model: Transformer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing(FakeCapture):
+        def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
+            self.captures += 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    capture = Failing()
+    assert answers(model, capture) == answers(model, None)
+    assert capture.captures == 1 and "not permitted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("most", [1, 2, 5, 8, 32, 100, 256, 1000])
 def test_sizes_rise_to_the_largest_and_waste_little(most: int) -> None:
     sizes = graph_sizes(most)

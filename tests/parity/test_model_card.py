@@ -85,6 +85,12 @@ def test_an_encoders_weights_are_predicted(name: str, way: str, tmp_path: Path, 
     assert_predicted(checkpoint, ready)
 
 
+@pytest.mark.parametrize("way", ["torch", "products alone"])
+def test_keys_and_queries_of_distances_are_counted(way: str, tmp_path: Path, library: str) -> None:
+    checkpoint = write_encoder(tmp_path, "DebertaV2ForSequenceClassification")
+    assert_predicted(checkpoint, start(checkpoint, library if way != "torch" else ""))
+
+
 def test_operations_are_those_of_the_products(tiny_llama: Path) -> None:
     """Counted by hand: 2 layers, hidden 64, inner 128, 4 query and 2 key heads of 16."""
     ready = start(tiny_llama, "", dtype="float32")

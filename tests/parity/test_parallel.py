@@ -33,16 +33,8 @@ from salver.model.spec import HeadNorm, NormSpec
 
 PROMPTS = [[3, 14, 15, 92, 65, 35], [8, 9, 79], [32, 38, 46, 26, 43, 38, 32, 79, 50]]
 NAMES = [
-    *(
-        "GPT2",
-        "Llama plain",
-        "Llama biases",
-        "GPTBigCode plain",
-        "Mixtral plain",
-        "Bloom plain",
-        "Falcon plain",
-    ),
-    *("Gemma2 plain", "GptOss plain", "DeepseekV3 plain", "Qwen2 plain", "OPT plain", "StableLm qk"),
+    *("GPT2", "Llama biases", "Mixtral plain", "Bloom plain", "Falcon plain"),
+    *("Gemma2 plain", "GptOss plain", "DeepseekV3 plain", "StableLm qk"),
 ]
 
 

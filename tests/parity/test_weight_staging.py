@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from parity.test_adapters import LLAMA, write_adapter
+from support.bookkeeping import request
 from support.checkpoints import write_tiny_llama
-from unit.test_engine_core import Sink, request
+from unit.test_engine_core import Sink
 
 from salver.model.kernels import build
 from salver.server.engine.changes import AdapterSource, ApplyWeights, Changed, LoadAdapter, StageWeights

@@ -44,6 +44,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
     },
     "NomicBert": {**SIZES, "max_position_embeddings": 64},
+    "DebertaV2": {
+        **SIZES, "max_position_embeddings": 64, "relative_attention": True, "position_buckets": 8,
+        "pos_att_type": "p2c|c2p", "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False, "conv_kernel_size": 3, "conv_act": "gelu", "legacy": False,
+    },
 }  # fmt: skip
 HEADS = (
     "Model",

@@ -44,6 +44,7 @@ class Stack:
 
     def _hold(self, model: Decoder, cache: KVCache) -> None:
         self.model, self.cache = model, cache
+        self.read = model.logits  # of hidden states; another head's in its place
         self.block_size = cache.block_size
         self.free = list(range(1, cache.num_blocks))
         random.Random(0).shuffle(self.free)
@@ -104,7 +105,7 @@ class Stack:
             batch,
         )
         assert bool(torch.isfinite(hidden[bounds[-1] :]).all())
-        return [self.model.logits(hidden[a:b]) for a, b in itertools.pairwise(bounds)]
+        return [self.read(hidden[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def end(self, sequence: int) -> None:
         """Frees the sequence's blocks; what is in them stays."""

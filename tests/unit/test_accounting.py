@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.bookkeeping import BLOCK, BookkeepingRunner, request
+from unit.test_overlap import FakeDevice, VirtualClock
 
 from salver.server.engine.accounting import Account, Cause, divide
 from salver.server.engine.core import EngineLimits
 from salver.server.engine.explanation import RequestBooks
 from salver.server.engine.inline import InlineEngine
+from salver.server.engine.overlap import OverlappedCore
 from salver.server.engine.request import (
     BeamParams,
     EngineRequest,
@@ -128,6 +131,44 @@ def crowd(rng: random.Random) -> set[Cause]:
         assert sum(account.seconds.values()) == pytest.approx(account.mark - account.submitted, abs=1e-9)
         assert min(account.seconds.values()) > -1e-9
     return {cause for account in accounts for cause, seconds in account.seconds.items() if seconds > 1e-6}
+
+
+@pytest.mark.parametrize("full_at", [0, 4])
+def test_steps_that_overlap(full_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step is planned while one is computed: still every moment has one cause, and one payer."""
+    rng, clock = random.Random(full_at), VirtualClock()
+    limits = replace(LIMITS, num_blocks=16, max_num_batched_tokens=9, max_model_len=96)
+    core = OverlappedCore(FakeDevice(clock, full_at), limits, clock=clock)
+    outputs: dict[int, SequenceOutput] = {}
+    durations: list[float] = []
+    charge, spend = core._accounting.charge, Account.spend
+
+    def counted(scheduled: Any, seconds: float) -> Any:
+        durations.append(seconds)
+        return charge(scheduled, seconds)
+
+    def forwards(account: Account, cause: Cause, now: float) -> None:
+        assert now > account.mark - 1e-9, f"{cause} back from {account.mark} to {now}"
+        spend(account, cause, now)
+
+    monkeypatch.setattr(core._accounting, "charge", counted)
+    monkeypatch.setattr(Account, "spend", forwards)
+    for number in range(600):
+        if number < 20:
+            item = request(
+                number, [rng.randrange(2) for _ in range(rng.randrange(1, 30))], rng.randrange(1, 20)
+            )
+            core.add(replace(item, arrival=clock.now, submitted=clock.now, explain=True))
+        message = core.step()
+        if message is not None:
+            outputs |= {output.request_id: output for output in message.outputs}
+    assert not core.has_work and core.num_overlapped > 20 and core.scheduler.preemptions
+    accounts = [output.account for output in outputs.values() if output.account is not None]
+    busy = sum(round(seconds * 1e9) for seconds in durations)
+    assert len(accounts) == 20 and sum(account.device_ns for account in accounts) == busy
+    for account in accounts:
+        assert sum(account.seconds.values()) == pytest.approx(account.mark - account.submitted, abs=1e-9)
+        assert min(account.seconds.values()) > -1e-9
 
 
 def spent(sink: Sink) -> dict[Cause, float]:

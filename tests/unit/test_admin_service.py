@@ -211,7 +211,8 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
             await served.admin.LoadAdapter(load("a", "one"))
             path = f"{tmp_path}/one/adapter_model.safetensors"
             for refusal, code in ((Refusal.INVALID, Code.INVALID_ARGUMENT), (Refusal.BUG, Code.INTERNAL),
-                                  (Refusal.MEMORY, Code.RESOURCE_EXHAUSTED)):  # fmt: skip
+                                  (Refusal.MEMORY, Code.RESOURCE_EXHAUSTED),
+                (Refusal.UNSUPPORTED, Code.FAILED_PRECONDITION)):  # fmt: skip
                 served.engine.refusal = ChangeRefused(f"{path}: tensor q.lora_A is missing", refusal)
                 found, details = await failure(served.admin.LoadAdapter(load("a", "one")))
                 assert found is code

@@ -164,7 +164,9 @@ def test_a_full_disk_and_an_unwritable_cache(
 
 
 def test_unknown_name(cache: Path) -> None:
-    with pytest.raises(CatalogError, match=r"'smollm3' is not in the catalog \(it has: minilm, smollm2\)"):
+    with pytest.raises(
+        CatalogError, match=r"'smollm3' is not in the catalog \(it has: antiberty, minilm, rampart, smollm2\)"
+    ):
         fetch("smollm3", cache)
 
 

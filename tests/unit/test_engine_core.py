@@ -362,3 +362,26 @@ def test_a_leader_that_is_cancelled_leaves_the_lead_to_the_next_sample() -> None
     engine.run(max_steps=100)
     assert 0 not in sink.tokens
     assert [sink.tokens[index] for index in (1, 2)] == [expected(item, 1), expected(item, 2)]
+
+
+def test_what_several_weights_computed_is_nobody_elses_prefix() -> None:
+    engine = InlineEngine(BookkeepingRunner(), LIMITS, clock=Clock())
+    prompt = [0, 1] * 20
+    kept, first, second = Sink(), Sink(), Sink()
+    engine.submit(request(0, prompt, max_tokens=50), kept)
+    engine.step()  # a part of the prompt
+    assert not kept.tokens
+    engine.core.weights_changed()
+    while not kept.tokens:
+        engine.step()
+    engine.submit(request(1, prompt), first)
+    while not first.finish:
+        engine.step()
+    assert first.finish[0].num_cached_tokens == 0
+    engine.submit(request(2, prompt), second)
+    engine.step()
+    (old,), (new,) = engine.core.scheduler.find(0), engine.core.scheduler.find(2)
+    assert new.num_cached_tokens > 0
+    assert set(new.block_table).isdisjoint(old.block_table)
+    engine.run()
+    assert kept.tokens[0] == expected(request(0, prompt, max_tokens=50), 0)

@@ -45,6 +45,7 @@ MODEL_FRONT = tuple(
         *("tokenizer", "chat_template", "config_reader", "spec", "errors", "checkpoint", "families"),
         *("rope_config", "weight_names", "encoder_spec", "encoder_config", "embedding_spec", "pooling"),
         *("generation_config", "assistant_text", "arithmetic", "hyperparameters"),
+        *("classifier_spec", "decoder_heads"),
     )
 )
 

@@ -124,7 +124,7 @@ requests = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(requests, st.integers(0, 6), st.booleans()), min_size=1, max_size=12),
     st.integers(20, 33),

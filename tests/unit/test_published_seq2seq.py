@@ -126,7 +126,7 @@ def test_what_they_begin_and_end_with(tmp_path: Path) -> None:
     assert (spec.output_start, spec.forced_eos_token_id) == ((2, 0), 2)
     says = GenerationConfig.from_directory(tmp_path, output_start=2)
     assert (says.max_tokens, says.min_tokens, says.no_repeat_ngram_size) == (140, 54, 3)
-    assert says.temperature == 0.0 and says.ignored == ("num_beams",)
+    assert says.temperature == 0.0 and says.num_beams == 4 and says.ignored == ()
     # transformers 4.25 and later write the file, and then only that counts.
     generation = {"decoder_start_token_id": 5, "forced_bos_token_id": 7, "max_length": 30, "do_sample": True}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))

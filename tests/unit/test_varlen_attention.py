@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from salver.model.attention import AttentionBatch, Scoring
+from salver.model.attention.cpu import GatheringAttention
 from salver.model.attention.cuda import VARLEN_PAGE, CudaAttention
 from salver.model.attention.reference import ReferenceAttention
 from salver.model.cache import KVCache
 from salver.model.spec import AlibiPositions, ModelSpec, NormSpec, RopePositions
+from salver.model.transformer import Transformer
+from salver.server.engine.device_startup import choose_block_size
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(
@@ -110,3 +113,17 @@ def test_small_pages_for_what_the_kernel_does_not_know(monkeypatch: pytest.Monke
     ):
         assert attention.block_size(spec, torch.bfloat16, CPU) == 16
     assert attention.block_size(SPEC, torch.float32, CPU) == 16
+
+
+def test_attention_in_plain_torch_where_our_kernel_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*args: Any) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.")
+
+    for kernel, expected in ((ReferenceAttention(), CudaAttention), (failing, GatheringAttention)):
+        monkeypatch.setattr(CudaAttention, "_paged", staticmethod(kernel))
+        model = Transformer(replace(SPEC, sinks=True), CudaAttention(exact=True))
+        assert choose_block_size(model) == 16
+        assert isinstance(model.attention, expected)
+    assert "Failed to find C compiler" in capsys.readouterr().err

@@ -32,13 +32,19 @@ _TABLES = (
     "positions",
     "segments",
     "buckets",
+    "distances",
+    "distance.key",
+    "distance.query",
     "sinks",
     "experts.correction",
     "logit_bias",
 )  # no row multiplies them
-_ATTENTION = ("qkv", "attention_out", "latent", "buckets", "sinks", "query_norm", "key_norm", "cross")
+_ATTENTION = (
+    *("qkv", "attention_out", "latent", "buckets", "sinks", "query_norm", "key_norm", "cross"),
+    *("distance", "distances"),
+)
 _ENCODER = "encoder."  # of an encoder-decoder
-_MLP = ("up", "down")
+_MLP = ("up", "down", "convolution")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,7 @@ class LoadedTensor:
             return "attention"
         if first == "experts":
             return "experts"
-        if first in ("head", "logit_bias"):
+        if first in ("head", "logit_bias", "classifier"):
             return "head"
         return "mlp" if first in _MLP else "norm"
 
@@ -131,6 +137,13 @@ class Storage:
 
     def nbytes(self, tensor: LoadedTensor, spec: ModelSpec | EncoderSpec) -> int:
         """Bytes of one tensor; a copy for a tied head counts with the table."""
+        if (
+            isinstance(spec, EncoderSpec)
+            and spec.disentangled is not None
+            and tensor.name == "distances.weight"
+        ):
+            # Every layer keeps keys and queries that were made of it.
+            return tensor.nbytes * (1 + spec.disentangled.kinds * spec.num_layers)
         if not self.native:
             return tensor.nbytes
         if isinstance(spec, EncoderSpec):
@@ -215,12 +228,12 @@ class Arithmetic:
         return isinstance(self._spec, ModelSpec) and self._spec.encoder is not None
 
     def decode(self, context: int) -> Cost | None:
-        """Of the token that comes after `context - 1` others, alone in its step. None for an encoder.
+        """Of the token that comes after `context - 1` others, alone in its step.
 
-        Of an encoder-decoder, beside a source as long.
+        Of an encoder-decoder, beside a source as long. None where nothing is generated.
         """
         spec = self._spec
-        if isinstance(spec, EncoderSpec):
+        if isinstance(spec, EncoderSpec) or spec.body:
             return None
         seen = [min(context, spec.window(layer) or context) for layer in range(spec.num_layers)]
         if self._reads:
@@ -243,8 +256,14 @@ class Arithmetic:
             return Cost(operations, weights / batch)
         if isinstance(spec, EncoderSpec):
             head = spec.head is not None and spec.head.reads != "input"
+            # Products with distances are half of those with a key and its value.
+            distances = (
+                0
+                if spec.disentangled is None
+                else spec.disentangled.kinds * min(length - 0.5, spec.disentangled.num_buckets)
+            )
             seen = [
-                float(min(length, 2 * window + 1 if window else length))
+                float(min(length, 2 * window + 1 if window else length)) + distances
                 for window in map(spec.window, range(len(spec.order)))
             ]
         else:
@@ -268,7 +287,10 @@ class Arithmetic:
     def _head_values(self) -> int:
         spec = self._spec
         values = sum(t.size for t in self._tensors if t.multiplies and t.part == "head")
-        tied = spec.head is not None and spec.head.tied if isinstance(spec, EncoderSpec) else spec.tied_head
+        if isinstance(spec, EncoderSpec):
+            tied = spec.head is not None and spec.head.tied
+        else:
+            tied = spec.tied_head and not spec.body
         return values + (sum(t.size for t in self._tensors if t.name == "embed.weight") if tied else 0)
 
     def _share(self, tensor: LoadedTensor) -> float:

@@ -74,8 +74,9 @@ def weights_digest(checkpoint: Path, cache_dir: Path) -> str:
     try:
         names = sorted(p for p in checkpoint.iterdir() if p.suffix == ".safetensors")
         names = names or sorted(p for p in checkpoint.iterdir() if p.suffix == ".bin")
+        names = names or sorted((*checkpoint.glob("*.onnx"), *checkpoint.glob("onnx/*.onnx")))
         if not names:
-            raise CheckpointError(f"{checkpoint}: no *.safetensors and no *.bin file")
+            raise CheckpointError(f"{checkpoint}: no *.safetensors, *.bin and *.onnx file")
         digest = hashlib.sha256()
         for path in names:
             digest.update(f"{path.name} {file_digest(path, cache_dir)}\n".encode())

@@ -113,11 +113,11 @@ class ConfigReader:
             raise self.error(name, f"must be a positive number, not {value}")
         return value
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """An integer of at least 0."""
+    def integer(self, name: str, default: int | None = None, *, least: int = 0) -> int:
+        """An integer of at least `least`."""
         value: int = self._or(name, self._value(name, "an integer", int), default)
-        if value < 0:
-            raise self.error(name, f"must be at least 0, not {value}")
+        if value < least:
+            raise self.error(name, f"must be at least {least}, not {value}")
         return value
 
     def size_or_null(self, name: str, default: int | None) -> int | None:
@@ -208,6 +208,13 @@ class ConfigReader:
             raise self.error(name, f"must be a list of strings, not {value!r}")
         return tuple(value)
 
+    def words(self, name: str) -> tuple[str, ...]:
+        """A list of strings, or one string in which they stand between bars; () when absent."""
+        if isinstance(self._config.get(name), list):
+            return self.strings(name)
+        value = self._value(name, "a list of strings or one string", str) or ""
+        return tuple(word.strip() for word in value.lower().split("|") if word.strip())
+
     def labels(self) -> tuple[str, ...]:
         """The names of a classifier's outputs, in order: `id2label`; else LABEL_0 and so on, two of them."""
         names = self._value("id2label", "an object", dict)
@@ -274,6 +281,7 @@ def read_spec(checkpoint: Path, fields: FieldsRead | None = None) -> ModelSpec:
     `fields` is told what was read.
     Raises CheckpointError, naming file and field, for anything that is not implemented.
     """
+    from .decoder_heads import decoder_variants, with_head
     from .families import ENCODER_FAMILIES, FAMILIES
 
     path = checkpoint / "config.json"
@@ -281,15 +289,20 @@ def read_spec(checkpoint: Path, fields: FieldsRead | None = None) -> ModelSpec:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise CheckpointError(f"{path}: architectures must name one architecture, not {architectures!r}")
-    family = FAMILIES.get(architectures[0]) if isinstance(architectures[0], str) else None
+    name = architectures[0] if isinstance(architectures[0], str) else ""
+    variants = decoder_variants()
+    family = FAMILIES.get(variants.get(name, name))
     if family is None:
         raise CheckpointError(
             f"{path}: architectures is {architectures[0]!r}, which is not supported "
-            f"(supported: {', '.join(sorted(FAMILIES | ENCODER_FAMILIES))})"
+            f"(supported: {', '.join(sorted({*FAMILIES, *ENCODER_FAMILIES, *variants}))})"
         )
     fields = fields or FieldsRead()
     reader = ConfigReader(config, str(path), fields.config)
     spec = family(reader)
+    reader.only("is_causal", True)  # false, of some embedding models, means attention to both sides
+    if name in variants:
+        spec = with_head(spec, reader, name)
     reader.refuse_unread()
     _check(spec, reader)
     generation_path = checkpoint / "generation_config.json"

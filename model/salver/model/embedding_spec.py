@@ -10,6 +10,7 @@ from .config_reader import ConfigReader, read_json
 from .errors import CheckpointError
 from .pooling import MODES
 
+MAX_LIMIT = 10**9
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "ReLU": "relu"}
 
 
@@ -85,15 +86,16 @@ def _pooling(path: Path) -> tuple[str, ...]:
     c.only("include_prompt", True)
     for name in ("word_embedding_dimension", "embedding_dimension"):
         c.size(name, 1)
-    named = c.choice("pooling_mode", ("", *MODES), "")  # as newer versions write it
-    found = []
+    found = list(c.words("pooling_mode"))  # as newer versions write it: one, or a list in their order
+    if unknown := [mode for mode in found if mode not in MODES]:
+        raise c.error("pooling_mode", f"is {unknown[0]!r}, which is not supported")
+    flagged = []
     for mode in MODES:
         flag = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}.get(mode, mode)
         if c.boolean(f"pooling_mode_{flag}", False):
-            found.append(mode)
+            flagged.append(mode)
     c.refuse_unread()
-    if named:
-        found = [named]
+    found = found or flagged
     if not found:
         raise c.error("pooling_mode", "is missing, and no pooling_mode_... is true")
     return tuple(found)
@@ -133,6 +135,9 @@ def _sentence_settings(checkpoint: Path) -> dict[str, object]:
         c = ConfigReader(read_json(path), str(path))
         settings["max_tokens"] = c.size("max_seq_length") if c.has("max_seq_length") else None
         settings["lower_case"] = c.boolean("do_lower_case", False)
+        _check_transformer(c)
+    if settings.get("max_tokens") is None:
+        settings["max_tokens"] = _tokenizer_limit(checkpoint)
     path = checkpoint / "config_sentence_transformers.json"
     if path.is_file():
         config = read_json(path)
@@ -145,3 +150,23 @@ def _sentence_settings(checkpoint: Path) -> dict[str, object]:
         settings["prompts"] = prompts
         settings["default_prompt_name"] = default
     return settings
+
+
+def _check_transformer(c: ConfigReader) -> None:
+    """What newer versions say of the first module beside what older ones say."""
+    c.only("transformer_task", "feature-extraction")
+    c.only("module_output_name", "token_embeddings")
+    for name in ("query_length", "document_length", "query_expansion"):  # of models with a vector a token
+        c.only(name, None)
+    modalities = c.section("modality_config")
+    text = modalities.section("text") if modalities is not None else None
+    if text is not None:
+        text.only("method", "forward")
+        text.only("method_output_name", "last_hidden_state")
+
+
+def _tokenizer_limit(checkpoint: Path) -> int | None:
+    """Newer versions leave it to the tokenizer, whose limit may be a number that means none."""
+    path = checkpoint / "tokenizer_config.json"
+    limit = read_json(path).get("model_max_length") if path.is_file() else None
+    return int(limit) if isinstance(limit, int | float) and 0 < limit < MAX_LIMIT else None

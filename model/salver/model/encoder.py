@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .arithmetic import LoadedTensor
 from .buckets import distance_buckets
+from .disentangled import Convolution, Distances, DistanceScores, DistanceTable
 from .encoder_spec import EncoderSpec, HeadSpec, RelativeBuckets
 from .layers import ACTIVATIONS, Embedding, Linear, Norm, Weights
 from .rope import Rope, Rotation, sinusoids
 
 ENCODER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**ACTIVATIONS, "tanh": torch.tanh}
 MASKED = -math.inf
+SCORES_AT_ONCE = 1 << 22  # where scores have terms of their own for every input: 16 MiB of them
 
 
 @dataclass(slots=True)
@@ -90,36 +92,68 @@ def build_encoder_batch(
 class SelfAttention:
     """Softmax attention of every token to every other of its input, with a bias and a window if need be."""
 
-    def __init__(self, num_heads: int, head_dim: int, scale: float) -> None:
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.scale = scale
+    def __init__(self, spec: EncoderSpec, distance_scores: DistanceScores | None) -> None:
+        self.num_heads = spec.num_heads
+        self.head_dim = spec.head_dim
+        self.scale = spec.attention_scale
+        self._distance_scores = distance_scores
 
     def __call__(self, qkv: Tensor, runs: list[tuple[int, int, int]], masks: Masks) -> Tensor:
         """[N, heads x head_dim] of queries, keys, values [N, 3, heads, head_dim]; padding rows are 0."""
         out = qkv.new_zeros((qkv.shape[0], self.num_heads, self.head_dim))
-        for row, count, length in runs:
+        for row, count, length in self._parts(runs):
             rows = slice(row, row + count * length)
             parts = qkv[rows].view(count, length, 3, self.num_heads, self.head_dim)
             query, key, value = parts.permute(2, 0, 3, 1, 4)
-            found = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=masks.of(length), scale=self.scale
-            )
+            mask = self._added(query, key, masks)
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
             out[rows] = found.transpose(1, 2).reshape(count * length, self.num_heads, self.head_dim)
         return out.flatten(1)
 
+    def _parts(self, runs: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+        """The runs, cut where every input's scores take memory of their own."""
+        for row, count, length in runs:
+            most = count
+            if self._distance_scores is not None:
+                most = max(1, SCORES_AT_ONCE // (self.num_heads * length * length))
+            for first in range(0, count, most):
+                yield row + first * length, min(most, count - first), length
 
-def self_attention_weights(heads: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
-    """float32 [heads, n, n] of an input's queries and keys [n, 3, heads, head_dim]; rows sum to 1."""
-    query, key = heads[:, 0].float(), heads[:, 1].float()
-    scores = torch.einsum("nhd,lhd->hnl", query, key) * (scale or heads.shape[-1] ** -0.5)
-    return (scores if mask is None else scores + mask.float()).softmax(-1)
+    def _added(self, query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:
+        """To the scores of [count, heads, n, head_dim]: [count or 1, heads or 1, n, n]."""
+        mask = masks.of(query.shape[2])
+        if self._distance_scores is None or masks.distances is None:
+            return mask
+        added: Tensor = self._distance_scores(query, key, masks.distances)
+        return added if mask is None else added + mask
+
+    def weights(self, heads: Tensor, wanted: list[int], masks: Masks) -> Tensor:
+        """float32 [wanted, n, n] of an input's queries and keys [n, 3, heads, head_dim]; rows sum to 1.
+
+        `wanted`: of which heads.
+        """
+        query, key = (part[None].transpose(1, 2) for part in (heads[:, 0], heads[:, 1]))
+        added = self._added(query, key, masks)
+        scores = torch.einsum("hnd,hld->hnl", query[0, wanted].float(), key[0, wanted].float()) * self.scale
+        if added is not None:
+            added = added.expand(1, self.num_heads, -1, -1)[0, wanted].float()
+        return (scores if added is None else scores + added).softmax(-1)
 
 
 class Masks:
-    """What is added to the scores of a layer, by length: [heads or 1, n, n], or nothing."""
+    """What is added to the scores of a layer, by length: [heads or 1, n, n], or nothing.
 
-    def __init__(self, bias: Callable[[int], Tensor] | None, window: int, like: Tensor) -> None:
+    `distances`: of an encoder whose scores also have terms of distances.
+    """
+
+    def __init__(
+        self,
+        bias: Callable[[int], Tensor] | None,
+        window: int,
+        like: Tensor,
+        distances: Distances | None = None,
+    ) -> None:
+        self.distances = distances
         self._bias = bias
         self._window = window
         self._like = like
@@ -141,6 +175,10 @@ class Masks:
         return mask
 
 
+# Is told a layer's place, its attention, heads [N, 3, heads, head_dim] and masks.
+OnHeads = Callable[[int, SelfAttention, Tensor, Masks], None]
+
+
 class EncoderLayer(nn.Module):
     """Attention and MLP with their norms behind or before them."""
 
@@ -152,7 +190,10 @@ class EncoderLayer(nn.Module):
         self.pre_norm = spec.pre_norm
         self.gated = spec.gated
         self.activation = ENCODER_ACTIVATIONS[spec.activation]
-        self.attention = SelfAttention(spec.num_heads, spec.head_dim, spec.attention_scale)
+        self.distance: DistanceScores | None = None
+        if spec.disentangled is not None:
+            self.distance = DistanceScores(spec.disentangled, hidden, spec.num_heads, spec.attention_scale)
+        self.attention = SelfAttention(spec, self.distance)
         self.qkv = Linear(3 * width, hidden, bias=spec.qkv_bias)
         self.attention_out = Linear(hidden, width, bias=spec.attention_out_bias)
         self.attention_norm = Norm(spec.norm, hidden) if attention_norm else None
@@ -168,7 +209,7 @@ class EncoderLayer(nn.Module):
         rotation: Rotation | None,
         runs: list[tuple[int, int, int]],
         masks: Masks,
-        observe: Callable[[Tensor, Masks], None] | None = None,
+        observe: Callable[[SelfAttention, Tensor, Masks], None] | None = None,
     ) -> Tensor:
         """[N, hidden] to [N, hidden]."""
         normed = x if not self.pre_norm or self.attention_norm is None else self.attention_norm(x)
@@ -177,7 +218,7 @@ class EncoderLayer(nn.Module):
             turned = rotation(heads[:, :2].reshape(x.shape[0], 2 * self.num_heads, self.head_dim))
             heads = torch.cat((turned.view(x.shape[0], 2, self.num_heads, self.head_dim), heads[:, 2:]), 1)
         if observe is not None:
-            observe(heads, masks)
+            observe(self.attention, heads, masks)
         x = x + self.attention_out(self.attention(heads, runs, masks))
         if not self.pre_norm and self.attention_norm is not None:
             x = self.attention_norm(x)
@@ -235,12 +276,23 @@ class Encoder(nn.Module):
         rows = 0 if table is None or spec.sinusoids else spec.max_input_tokens + table.offset
         self.positions = Embedding(rows, size) if rows else None
         self.segments = Embedding(spec.num_segments, size) if spec.num_segments else None
-        self.embedding_norm = Norm(spec.norm, size) if spec.embedding_norm else None
+        normed = spec.hidden_size if spec.projection_first else size
+        self.embedding_norm = Norm(spec.norm, normed) if spec.embedding_norm else None
         self.embedding_projection = (
-            Linear(spec.hidden_size, size, bias=True) if spec.embedding_projection else None
+            Linear(spec.hidden_size, size, bias=not spec.projection_first)
+            if spec.embedding_projection
+            else None
         )
         shared = spec.buckets is not None and not spec.buckets.own
         self.buckets = Weights(spec.buckets.num_buckets, spec.num_heads) if shared and spec.buckets else None
+        self.distances = (
+            DistanceTable(spec.disentangled, spec.hidden_size) if spec.disentangled is not None else None
+        )
+        self.convolution: Convolution | None = None
+        self.convolution_norm: Norm | None = None
+        if spec.convolution is not None:
+            self.convolution = Convolution(spec.convolution, spec.hidden_size)
+            self.convolution_norm = Norm(spec.norm, spec.hidden_size)
         self.layers = nn.ModuleList(
             EncoderLayer(spec, attention_norm=spec.first_norm or index > 0)
             for index in range(spec.num_layers)
@@ -263,32 +315,27 @@ class Encoder(nn.Module):
             rows = spec.max_input_tokens + (0 if spec.positions is None else spec.positions.offset)
             self._waves = sinusoids(spec.sinusoids, rows, spec.hidden_size).to(device)
 
+    def prepare(self) -> None:
+        """Computes what is derived from the weights. Whoever changes them calls it again."""
+        if self.distances is None:
+            return
+        table = self.distances()
+        for layer in self.layers:
+            assert isinstance(layer, EncoderLayer) and layer.distance is not None
+            layer.distance.prepare(table, layer.qkv)
+
     def forward(
         self,
         batch: EncoderBatch,
         on_layer: Callable[[], None] | None = None,
-        on_heads: Callable[[int, Tensor, Masks], None] | None = None,
+        on_heads: OnHeads | None = None,
     ) -> Tensor:
         """Hidden states [N, hidden_size] after the last layer. `on_layer` is called after each layer.
 
-        `on_heads` is told each layer's place, its heads [N, 3, heads, head_dim] and its masks.
+        `on_heads` is told each layer's place, its attention, heads [N, 3, heads, head_dim] and masks.
         """
         spec = self.spec
-        ids = batch.token_ids
-        x = self.embed(ids) if self.look_up is None else self.look_up(ids)
-        if spec.embedding_multiplier != 1:
-            x = x * torch.tensor(spec.embedding_multiplier, dtype=x.dtype, device=x.device)
-        # In the order in which the reference adds them, which is seen in the last bits.
-        if self.segments is not None:
-            x = x + self.segments(batch.segments)
-        if self.positions is not None:
-            x = x + self.positions(batch.positions)
-        if self._waves is not None:
-            x = x + F.embedding(batch.positions, self._waves).to(x.dtype)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        if self.embedding_projection is not None:
-            x = self.embedding_projection(x)
+        x = embedded = self._embed(batch)
         rotation = local = None
         if self.rope is not None and self.local_rope is not None:
             rotation = self.rope.rotation(batch.positions, None, x.dtype)
@@ -302,6 +349,8 @@ class Encoder(nn.Module):
             if isinstance(own, Weights):
                 seen = Masks(functools.partial(self._bucket_bias, own), window, x)
             x = self.layers[index](x, local if window else rotation, runs, seen, observe)
+            if step == 0 and self.convolution is not None:
+                x = self._convolved(x, embedded, runs)
             if on_layer is not None:
                 on_layer()
         hidden: Tensor = x if self.final_norm is None else self.final_norm(x)
@@ -310,10 +359,39 @@ class Encoder(nn.Module):
     def masks(self, like: Tensor) -> dict[int, Masks]:
         """Of each window that layers have (0: none), in the kind of `like`."""
         bias = None if self.buckets is None else functools.partial(self._bucket_bias, self.buckets)
+        apart = self.spec.disentangled
+        distances = None if apart is None else Distances(apart, like.device)
         return {
-            window: Masks(bias, window, like)
+            window: Masks(bias, window, like, distances)
             for window in {self.spec.window(step) for step in range(len(self.spec.order))}
         }
+
+    def _embed(self, batch: EncoderBatch) -> Tensor:
+        """[N, hidden_size]"""
+        spec, ids = self.spec, batch.token_ids
+        x = self.embed(ids) if self.look_up is None else self.look_up(ids)
+        if spec.embedding_multiplier != 1:
+            x = x * torch.tensor(spec.embedding_multiplier, dtype=x.dtype, device=x.device)
+        # In the order in which the reference adds them, which is seen in the last bits.
+        if self.segments is not None:
+            x = x + self.segments(batch.segments)
+        if self.positions is not None:
+            x = x + self.positions(batch.positions)
+        if self._waves is not None:
+            x = x + F.embedding(batch.positions, self._waves).to(x.dtype)
+        if self.embedding_projection is not None and spec.projection_first:
+            x = self.embedding_projection(x)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        if self.embedding_projection is not None and not spec.projection_first:
+            x = self.embedding_projection(x)
+        return x
+
+    def _convolved(self, x: Tensor, embedded: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+        assert self.convolution is not None and self.convolution_norm is not None
+        assert self.spec.convolution is not None
+        activation = ENCODER_ACTIVATIONS[self.spec.convolution.activation]
+        return self.convolution_norm(x + activation(self.convolution(embedded, runs)))
 
     def scores(self, rows: Tensor) -> Tensor:
         """float32 [R, head.size] of hidden rows [R, hidden_size], by the head."""

@@ -6,14 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from .config_reader import ConfigReader, FieldsRead, read_json, read_spec
+from .decoder_heads import rank_activation
 from .encoder_spec import EncoderSpec
 from .families import ENCODER_FAMILIES
 from .spec import ModelSpec
-
-_ACTIVATIONS = {
-    "torch.nn.modules.linear.Identity": "identity",
-    "torch.nn.modules.activation.Sigmoid": "sigmoid",
-}
 
 
 def read_any_spec(checkpoint: Path, fields: FieldsRead | None = None) -> ModelSpec | EncoderSpec:
@@ -32,15 +28,6 @@ def read_any_spec(checkpoint: Path, fields: FieldsRead | None = None) -> ModelSp
     reader = ConfigReader(config, str(path), None if fields is None else fields.config)
     spec = family(reader, name)
     reader.boolean("tie_word_embeddings", True)  # means something to vocabulary heads alone, which read it
-    activation = _rank_activation(reader)
+    activation = rank_activation(reader)
     reader.refuse_unread()
     return dataclasses.replace(spec, rank_activation=activation)
-
-
-def _rank_activation(c: ConfigReader) -> str:
-    """What sentence-transformers' CrossEncoder does with the score, in its old place or its new one."""
-    section = c.section("sentence_transformers")
-    name = c.choice("sbert_ce_default_activation_function", ("", *_ACTIVATIONS), "")
-    if section is not None:
-        name = section.choice("activation_fn", ("", *_ACTIVATIONS), name)
-    return _ACTIVATIONS.get(name, "")

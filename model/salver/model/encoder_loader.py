@@ -20,5 +20,6 @@ def load_encoder(checkpoint: Path, spec: EncoderSpec, *, device: torch.device, d
     model.loaded = fill_parameters(
         model, checkpoint, spec.weights, spec.num_layers, spec.architecture, dtype=dtype, device=device
     )
+    model.prepare()
     model.checkpoint = checkpoint
     return model

@@ -29,6 +29,41 @@ class RelativeBuckets:
 
 
 @dataclass(frozen=True, slots=True)
+class Disentangled:
+    """Scores of contents with distances, beside those of contents with contents (He et al. 2021, DeBERTa).
+
+    Attributes:
+        num_buckets: of distances, to either side; the table of their vectors has twice as many rows.
+        max_distance: distances beyond half of the buckets share them by logarithm, up to this one; 0: each
+            has a bucket of its own.
+        content_to_position: a query's content meets keys of distances.
+        position_to_content: a key's content meets queries of distances.
+        shared: a layer makes both with its matrices of keys and queries, else with further ones.
+        norm: of the table.
+    """
+
+    num_buckets: int
+    max_distance: int
+    content_to_position: bool
+    position_to_content: bool
+    shared: bool
+    norm: NormSpec | None = None
+
+    @property
+    def kinds(self) -> int:
+        """Of scores that are added."""
+        return self.content_to_position + self.position_to_content
+
+
+@dataclass(frozen=True, slots=True)
+class ConvolutionSpec:
+    """The first layer's output x becomes norm(x + activation(convolution of the embeddings))."""
+
+    kernel_size: int  # odd
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
 class HeadSpec:
     """What turns hidden states into a task's answer: dense, activation, norm, out.
 
@@ -76,12 +111,15 @@ class EncoderSpec:
     embedding_projection: bool = False  # from embedding_size to hidden_size
     embedding_multiplier: float = 1.0  # of the token embeddings
     embedding_norm: bool = True
+    projection_first: bool = False  # before the norm of the embeddings, and without a bias
     num_segments: int = 0  # rows of the segment table; 0: there is none
     positions: PositionTable | None = None
     sinusoids: SinusoidalPositions | None = None  # computed rows in place of a learned table's
     rope: RopePositions | None = None
     local_rope: RopePositions | None = None  # of layers with a window; None: as `rope`
     buckets: RelativeBuckets | None = None
+    disentangled: Disentangled | None = None
+    convolution: ConvolutionSpec | None = None
     windows: tuple[int, ...] = ()  # of each layer: how far a token sees to either side, 0 for all; (): all
     layer_order: tuple[int, ...] = ()  # which layer's weights are used when (ALBERT); (): each once
     pre_norm: bool = False

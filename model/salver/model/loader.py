@@ -18,7 +18,20 @@ from .attention import choose
 from .config_reader import read_spec
 from .errors import CheckpointError
 from .parallel import Part, Ranks, Sharding, connect
-from .spec import Cat, Copy, Either, Mxfp4, Optional, Source, Split, Stack, Transpose, WeightMap, names_of
+from .spec import (
+    Cat,
+    Copy,
+    Either,
+    Mxfp4,
+    Optional,
+    Source,
+    Split,
+    Stack,
+    Taps,
+    Transpose,
+    WeightMap,
+    names_of,
+)
 from .transfer import Staging
 from .transformer import Transformer
 from .weights import WeightFile, open_weights
@@ -120,6 +133,9 @@ class SourceWriter:
             self._copy(source.name, target)
         elif isinstance(source, Transpose):
             self.write(source.source, target.transpose(-1, -2))
+        elif isinstance(source, Taps):
+            taps = torch.unflatten(target, 1, (source.size, -1))
+            self.write(source.source, taps.transpose(1, 2))
         elif isinstance(source, Cat):
             if sum(source.sizes) != target.shape[source.dim] or len(source.sizes) != len(source.sources):
                 raise ValueError(f"{source.sizes} do not make up {list(target.shape)}")

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-# In the order in which the reference puts several of them side by side.
+# In the order of several that are only switched on; a list of them has an order of its own.
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 Floats = NDArray[np.floating]
@@ -53,7 +53,7 @@ class Pool:
         """[modes x hidden_size] of all that was added."""
         n = self.num_tokens
         parts: list[Floats] = []
-        for mode in (mode for mode in MODES if mode in self.modes):
+        for mode in self.modes:
             if mode == "cls":
                 parts.append(_there(self.first))
             elif mode == "lasttoken":

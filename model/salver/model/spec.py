@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .encoder_spec import EncoderSpec
 
+from .classifier_spec import ClassifierSpec
+
 LAYER = "{layer}"  # stands for the number of a layer in a name
 
 
@@ -85,6 +87,14 @@ class Interleave:
 
 
 @dataclass(frozen=True, slots=True)
+class Taps:
+    """A convolution [out, in, size] as a product [out, size x in], the inputs of all places side by side."""
+
+    source: Source
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Mxfp4:
     """4-bit floats in blocks of 32 that share a power of two (OCP Microscaling Formats 2023; GPT-OSS).
 
@@ -112,7 +122,7 @@ class Either:
     sources: tuple[Copy, ...]
 
 
-Source = Copy | Transpose | Cat | Stack | Split | Interleave | Mxfp4 | Optional | Either
+Source = Copy | Transpose | Cat | Stack | Split | Interleave | Taps | Mxfp4 | Optional | Either
 
 
 def names_of(source: Source) -> Iterator[str]:
@@ -407,6 +417,8 @@ class ModelSpec:
     weights: WeightMap = field(default_factory=WeightMap, repr=False)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    body: bool = False  # without a language model's head: nothing is generated
+    classifier: ClassifierSpec | None = None
     # How a family may differ. The native kernel knows none of these but where it says so.
     norm_place: str = "pre"
     parallel: bool = False

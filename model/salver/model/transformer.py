@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,13 @@ class SourceDecoder(Decoder, Protocol):
         slots: SourceBatch,
         on_layer: Callable[[], None] | None = None,
     ) -> None: ...
+
+
+@runtime_checkable
+class Classifying(Protocol):
+    """A `Decoder` of a spec with a classifier."""
+
+    def classify(self, hidden: Tensor) -> Tensor: ...
 
 
 class Layer(nn.Module):
@@ -254,6 +261,10 @@ class Transformer(nn.Module):
         if self.encoder is not None and not spec.own_embedding:
             self.encoder.embed = self.embed
         self._bucket_of: Tensor | None = None  # int64, of each distance
+        self.classifier: Linear | None = None
+        if spec.classifier is not None:
+            num_labels = len(spec.classifier.labels)
+            self.classifier = Linear(num_labels, spec.hidden_size, bias=spec.classifier.bias)
         self._ropes: list[Rope] = []
         self._rope_of: list[int | None] = []  # of each layer, which of them
         self.waves: Tensor | None = None
@@ -344,7 +355,8 @@ class Transformer(nn.Module):
         """[N, hidden_size]"""
         x = self.embed(token_ids) if self.shards is None else self.shards.embed(token_ids, self.embed.weight)
         if self.spec.embedding_multiplier != 1:
-            x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype, device=x.device)
+            # Rounded as x is, and a number of the host: a copy to the device cannot be captured.
+            x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype).item()
         if self.embed_in is not None:
             x = self.embed_in(x)
         if self.positions is not None and isinstance(self.spec.positions, LearnedPositions):
@@ -368,6 +380,12 @@ class Transformer(nn.Module):
         if self.spec.logit_multiplier != 1:
             logits = logits * self.spec.logit_multiplier
         return capped(logits, self.spec.logit_cap) if self.spec.logit_cap else logits
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """float32 [R, labels] of hidden [R, hidden_size]. Raises ValueError without a classifier."""
+        if self.classifier is None:
+            raise ValueError(f"{self.spec.architecture} has no classifier")
+        return self.classifier(hidden).float()
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config_reader import read_json
 from .errors import CheckpointError
+from .onnx_weights import OnnxFile, onnx_file
 
 # Touched pages of a mapped file count as this process's memory until the file is closed.
 REOPEN_BYTES = 64 << 20
@@ -83,7 +84,7 @@ def open_weights(checkpoint: Path) -> dict[str, WeightFile]:
     """Tensor name to the file that holds it.
 
     Of model.safetensors, model.safetensors.index.json, pytorch_model.bin and
-    pytorch_model.bin.index.json, the first that is there. Raises CheckpointError.
+    pytorch_model.bin.index.json, the first that is there; else of an ONNX file. Raises CheckpointError.
     """
     for name, kind in _FORMATS:
         path, index_path = checkpoint / name, checkpoint / f"{name}.index.json"
@@ -107,8 +108,12 @@ def open_weights(checkpoint: Path) -> dict[str, WeightFile]:
                     f"{checkpoint / part}: {tensor} is missing, which {index_path} says is there"
                 )
         return found
+    exported = onnx_file(checkpoint)
+    if exported is not None:
+        onnx = OnnxFile(exported)
+        return dict.fromkeys(onnx.names, onnx)
     names = ", ".join(name for name, _ in _FORMATS)
-    raise CheckpointError(f"{checkpoint}: none of {names}, nor an index of their parts")
+    raise CheckpointError(f"{checkpoint}: none of {names}, nor an index of their parts, nor an ONNX file")
 
 
 def _open(path: Path, kind: str) -> WeightFile:

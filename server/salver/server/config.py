@@ -70,7 +70,8 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
     model: str = _flag(
         dataclasses.MISSING,
         "Model",
-        "a catalog name (smollm2, minilm), a checkpoint directory, a .gguf file, or a hub id (org/name)",
+        "a catalog name (smollm2, minilm, rampart, antiberty), a checkpoint directory, a .gguf file, "
+        "or a hub id (org/name)",
     )
     revision: str | None = _flag(
         None,

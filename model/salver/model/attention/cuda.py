@@ -25,7 +25,10 @@ from .scoring import Scoring
 VARLEN_PAGE = 256  # FlashAttention 2 takes no smaller pages
 SMALL_PAGE = 16
 VARLEN_HEAD_DIM = 256  # at most, and a multiple of 8
-VARLEN_TOLERANCE = 0.02  # of values around 1, in half precision
+TOLERANCE = 0.02  # of values around 1, in half precision
+
+
+Attend = Callable[[Tensor, KVCache, int, AttentionBatch, Scoring], Tensor]
 
 
 class CudaAttention:
@@ -42,6 +45,11 @@ class CudaAttention:
     ) -> Tensor:
         if self.varlen is not None and cache.block_size % VARLEN_PAGE == 0 and scoring.plain:
             return self._varlen(query, cache, layer, batch, scoring)
+        return self._paged(query, cache, layer, batch, scoring)
+
+    def _paged(
+        self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring
+    ) -> Tensor:
         from .paged_kernel import paged_attention, queries_of, tile_of
 
         few = not self.exact and batch.cu_seqlens_q[-1] == len(batch.seq_lens)
@@ -83,31 +91,37 @@ class CudaAttention:
         from torch.nn.attention import varlen
 
         self.varlen = varlen.varlen_attn
-        if not self._agrees(spec, dtype, device):
+        if self._trouble(self._varlen, VARLEN_PAGE, spec, dtype, device):
             self.varlen = None
         return SMALL_PAGE if self.varlen is None else VARLEN_PAGE
 
-    def _agrees(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether torch's kernel gives what the reference gives, for a prompt, a chunk and a decode."""
+    def trouble(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str:
+        """Why our own kernel cannot be used here; empty where it runs and is right."""
+        return self._trouble(self._paged, SMALL_PAGE, spec, dtype, device)
+
+    @staticmethod
+    def _trouble(attend: Attend, page: int, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str:
+        """What keeps a kernel from giving what the reference gives, for a prompt, a chunk and a decode."""
         sizes: Any = SimpleNamespace(
             num_layers=1, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
         )
         generator = torch.Generator().manual_seed(0)
-        cache = KVCache(sizes, 5, VARLEN_PAGE, dtype=dtype, device=device)
+        cache = KVCache(sizes, 5, page, dtype=dtype, device=device)
         cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
         query = torch.randn((31, spec.num_heads, spec.head_dim), generator=generator).to(device, dtype)
         tables = torch.tensor([[3, 1], [2, 0], [4, 0]], device=device)
-        batch = AttentionBatch([0, 20, 30, 31], [300, 10, 77], tables, torch.zeros(31, device=device))
+        lengths = [page + min(44, page - 1), 10, page - 3]
+        batch = AttentionBatch([0, 20, 30, 31], lengths, tables, torch.zeros(31, device=device))
         for window in {None, *spec.windows}:
             scoring = Scoring(spec.attention_scale, window)
             expected = ReferenceAttention()(query, cache, 0, batch, scoring).float()
             try:
-                found = self._varlen(query, cache, 0, batch, scoring).float()
-            except (RuntimeError, TypeError, ValueError):  # this torch or this GPU has none of it
-                return False
-            if not bool(((found - expected).abs() < VARLEN_TOLERANCE).all()):
-                return False
-        return True
+                found = attend(query, cache, 0, batch, scoring).float()
+            except Exception as error:  # a compiler's too: this torch, Triton or GPU has none of it
+                return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if not bool(((found - expected).abs() < TOLERANCE).all()):
+                return f"it differs from the reference by {float((found - expected).abs().max()):.2g}"
+        return ""
 
 
 def _is_plain(spec: ModelSpec) -> bool:

@@ -80,9 +80,10 @@ class HeadNames:
 
     def tensors(self) -> dict[str, Source]:
         found: dict[str, Source] = {}
-        for ours in ("dense", "norm", "out"):
+        for ours, bias in (("dense", self.spec.dense_bias), ("norm", True), ("out", self.spec.out_bias)):
             if theirs := getattr(self, ours):
-                found |= pair(f"head.{ours}", theirs)
+                both = pair(f"head.{ours}", theirs)
+                found |= both if bias else {f"head.{ours}.weight": Copy(f"{theirs}.weight")}
         if self.bias:
             found["head.bias.weight"] = Copy(self.bias)
         return found

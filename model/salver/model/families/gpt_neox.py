@@ -45,7 +45,10 @@ def gpt_neox(c: ConfigReader) -> ModelSpec:
         activation="gelu",
         tied=False,
         ignored=(r"gpt_neox\.layers\.\d+\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)",),
-        renames=((r"^embed_out\.weight", "lm_head.weight"),),
+        renames=(
+            (r"^embed_out\.weight", "lm_head.weight"),
+            (r"^((?:layers|embed_in|final_layer_norm)\..*)", r"gpt_neox.\1"),  # a body that was saved alone
+        ),
         max_position_embeddings=grown_context(c.size("max_position_embeddings"), (rope,)),
         positions=rope,
         parallel=c.boolean("use_parallel_residual", True),

@@ -105,7 +105,7 @@ def llama_spec(
     )
     # Old transformers saved the frequencies; bodies that were saved alone lack the prefix.
     frequencies = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-    prefixed = (r"^((?:layers|embed_tokens|norm)\..*)", r"model.\1")
+    prefixed = (r"^((?:layers|embed_tokens|norm|final_layernorm)\..*)", r"model.\1")
     return with_weights(spec, names, ignored=(frequencies, *ignored), renames=(prefixed,))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoder import Encoder, EncoderBatch, EncoderLayer, Masks, relative_buckets
+from ..encoder import Encoder, EncoderBatch, EncoderLayer, OnHeads, relative_buckets
 from ..encoder_spec import EncoderSpec
 from ..layers import Norm
 from ..rope import Rope
@@ -196,7 +196,7 @@ class NativeEncoder(Compiled):
         self,
         batch: EncoderBatch,
         on_layer: Callable[[], None] | None = None,
-        on_heads: Callable[[int, Tensor, Masks], None] | None = None,
+        on_heads: OnHeads | None = None,
     ) -> Tensor:
         """As `Encoder.forward`; hidden states float32 [N, hidden_size], valid until the next step."""
         rows = batch.token_ids.numel()
@@ -226,7 +226,7 @@ class NativeEncoder(Compiled):
         return self._tensors[FINAL if self.spec.final_norm else RESIDUAL][:rows]
 
     def _heads_told(
-        self, rows: int, on_heads: Callable[[int, Tensor, Masks], None], on_layer: Callable[[], None] | None
+        self, rows: int, on_heads: OnHeads, on_layer: Callable[[], None] | None
     ) -> Callable[[], None]:
         """What the kernel calls after each layer, when its rotated heads are in their buffer still."""
         spec, steps = self.spec, itertools.count()
@@ -235,7 +235,9 @@ class NativeEncoder(Compiled):
 
         def tell() -> None:
             step = next(steps)
-            on_heads(step, heads, masks[spec.window(step)])
+            layer = self._model.layers[spec.order[step]]
+            assert isinstance(layer, EncoderLayer)
+            on_heads(step, layer.attention, heads, masks[spec.window(step)])
             if on_layer is not None:
                 on_layer()
 

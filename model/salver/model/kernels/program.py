@@ -91,6 +91,9 @@ class NativeTransformer(Compiled):
     def _compile(self, model: Transformer) -> None:
         tied = model.head is None
         self._head = self._weight(model.embed if model.head is None else model.head, self.precision.head)
+        self._classifier = None
+        if model.classifier is not None:
+            self._classifier = self._weight(model.classifier, self.precision.head)
         embed = self._head if tied else self._table(model.embed)
         positions = -1 if model.positions is None else self._table(model.positions)
         place = self._place("embed", "embedding")
@@ -194,22 +197,33 @@ class NativeTransformer(Compiled):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, vocab_size] of hidden float32 [R, hidden_size]."""
+        return self._product(hidden, self._head)
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """float32 [R, labels] of hidden float32 [R, hidden_size]."""
+        if self._classifier is None:
+            raise ValueError(f"{self.spec.architecture} has no classifier")
+        return self._product(hidden, self._classifier)
+
+    def _product(self, hidden: Tensor, number: int) -> Tensor:
         hidden = hidden.contiguous()
-        weight, adapters = self._weights[self._head], self._adapters
+        weight, adapters = self._weights[number], self._adapters
+        adapted = number == self._head and adapters.head_numbers.numel() > 0
         out = torch.empty((hidden.shape[0], weight.rows))
         for begin in range(0, hidden.shape[0], HEAD_ROWS):
             rows = torch.arange(begin, min(begin + HEAD_ROWS, hidden.shape[0]))
             # Between steps the buffer of the normed rows is free.
             self._library.put_rows(self._c_buffers[NORMED], hidden, rows)
             part = out[begin : begin + rows.numel()]
-            if not adapters.head_numbers.numel():
+            if not adapted:
                 self._library.multiply(self._c_buffers[NORMED], weight, part, self._threads)
                 continue
             numbers, room = adapters.head_numbers[begin : begin + rows.numel()], adapters.rows(rows.numel())
             self._library.multiply(
                 self._c_buffers[NORMED], weight, part, self._threads, adapters.head_table, numbers, room
             )
-        adapters.multiply_own_heads(self._c_buffers[NORMED], hidden, out)
+        if adapted:
+            adapters.multiply_own_heads(self._c_buffers[NORMED], hidden, out)
         return out
 
     # ---- adapters ----
@@ -254,7 +268,7 @@ class PreparedAdapters:
 
 
 # Of what a spec may say beside a Llama or GPT-2 block, what the kernel does.
-KNOWN_DIFFERENCES = frozenset({"attention_multiplier"})
+KNOWN_DIFFERENCES = frozenset({"attention_multiplier", "body", "classifier"})
 
 
 def _c_step(rows: int, batch: AttentionBatch) -> tuple[CStep, list[Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ..errors import CheckpointError
+from .encoder_sentencepiece import read_encoder_sentencepiece
 from .sentencepiece import read_sentencepiece
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -25,11 +26,17 @@ BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": False, "CodeGenTokenizer": False}
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-def convert(path: Path, settings: dict[str, Any], special: dict[str, Any]) -> Tokenizer | None:
+def convert(
+    path: Path, settings: dict[str, Any], special: dict[str, Any], model_type: str = ""
+) -> Tokenizer | None:
     """The tokenizer of a directory, None where it has none of these files.
 
-    `settings` is its tokenizer_config.json, `special` its special_tokens_map.json. Raises CheckpointError.
+    `settings` is its tokenizer_config.json, `special` its special_tokens_map.json, `model_type` of its
+    config.json. Raises CheckpointError.
     """
+    encoder = read_encoder_sentencepiece(path, settings, special, model_type)
+    if encoder is not None:
+        return encoder
     named = {**special, **settings}
     for name in SENTENCEPIECE:
         if (path / name).is_file():

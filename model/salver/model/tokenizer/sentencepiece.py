@@ -67,8 +67,8 @@ def model_class() -> Callable[[], Any]:
     return found
 
 
-def read_sentencepiece(path: Path) -> Tokenizer:
-    """The tokenizer of a model file; its control pieces are special tokens. Raises CheckpointError."""
+def read_model(path: Path) -> Any:
+    """The message ModelProto in a file. Raises CheckpointError."""
     model = model_class()()
     try:
         model.ParseFromString(path.read_bytes())
@@ -76,6 +76,12 @@ def read_sentencepiece(path: Path) -> Tokenizer:
         raise CheckpointError(f"{path}: not a SentencePiece model that can be read: {error}") from error
     if not model.pieces:
         raise CheckpointError(f"{path}: a SentencePiece model without pieces")
+    return model
+
+
+def read_sentencepiece(path: Path) -> Tokenizer:
+    """The tokenizer of a model file; its control pieces are special tokens. Raises CheckpointError."""
+    model = read_model(path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (UNIGRAM, BPE):
         raise CheckpointError(

@@ -188,7 +188,8 @@ def _read_backend(
         special = read_json(path / "special_tokens_map.json")
         if (found := read_piece_vocabulary(path, settings, special)) is not None:
             return found[1], found[0]
-        backend = convert(path, settings, special)
+        model_type = read_json(path / "config.json").get("model_type")
+        backend = convert(path, settings, special, str(model_type))
     if backend is None:
         raise CheckpointError(
             f"{file}: missing; no SentencePiece model, no vocab.txt and no vocab.json and merges.txt stand in"

@@ -170,13 +170,15 @@ class StepAccounting:
                 _, first, others = parts.get(id(account), (account, item, 0))
                 parts[id(account)] = (account, first, others + weight)
         for account, item, weight in parts.values():
-            account.spend(Cause.BETWEEN_STEPS, begin)
+            # Steps overlap on a GPU: what happened to it since this one was launched has its cause already.
+            since = max(begin, account.mark)
+            account.spend(Cause.BETWEEN_STEPS, since)
             if account.lost > item.start:
                 account.spend(Cause.RECOMPUTATION, now)
                 continue
             account.lost = 0
             own = Cause.PREFILL if item.sequence.first_token is None else Cause.DECODE
-            account.spend(own, begin + (now - begin) * (base + weight) / whole)
+            account.spend(own, since + (now - since) * (base + weight) / whole)
             account.spend(Cause.INTERFERENCE, now)
 
     def charge(self, scheduled: Sequence[Scheduled], seconds: float) -> tuple[tuple[str, int], ...]:

@@ -42,6 +42,7 @@ class Refusal(enum.Enum):
 
     INVALID = "invalid"  # what was to be loaded is bad, and the message says what of it
     MEMORY = "memory"
+    UNSUPPORTED = "unsupported"  # not of this engine, whatever were to be loaded
     BUG = "bug"
 
 

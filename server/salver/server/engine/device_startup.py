@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from salver.model.attention.cpu import GatheringAttention
 from salver.model.attention.cuda import CudaAttention
 from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
@@ -63,11 +65,16 @@ def make_cache(
 
 
 def choose_block_size(model: Transformer) -> int:
-    """Tokens of a block of the cache."""
+    """Tokens of a block of the cache. On a GPU, tries the kernels and leaves the model one that works."""
     attention = model.attention
-    if isinstance(attention, CudaAttention):
-        return attention.block_size(model.spec, model.dtype, model.device)
-    return BLOCK_SIZE
+    if not isinstance(attention, CudaAttention):
+        return BLOCK_SIZE
+    spec, dtype, device = model.spec, model.dtype, model.device
+    size = attention.block_size(spec, dtype, device)
+    if attention.varlen is None and (trouble := attention.trouble(spec, dtype, device)):
+        sys.stderr.write(f"attention in plain torch, for our kernel does not work here: {trouble}\n")
+        model.attention = GatheringAttention(exact=attention.exact)
+    return size
 
 
 def free_memory(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from salver.model.adapters import AdapterSet
-from salver.model.encoder import Encoder, EncoderBatch, Masks, build_encoder_batch, self_attention_weights
+from salver.model.encoder import Encoder, EncoderBatch, Masks, SelfAttention, build_encoder_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.readouts import Dense, put_attention, read_states
 from salver.server.engine.request import EncodingParams, Readout
@@ -73,15 +73,11 @@ class EncoderRunner:
             i: [] for i, item in enumerate(items) if _encoding(item).readout is Readout.ATTENTION
         }
 
-        def observe(layer: int, heads: Tensor, masks: Masks) -> None:
+        def observe(layer: int, attention: SelfAttention, heads: Tensor, masks: Masks) -> None:
             for i, found in weights.items():
                 if layer in _encoding(items[i]).layers:
                     rows = heads[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
-                    wanted = list(_encoding(items[i]).heads)
-                    mask = masks.of(len(rows))
-                    if mask is not None and len(mask) > 1:
-                        mask = mask[wanted]
-                    found.append(self_attention_weights(rows[:, :, wanted], mask).cpu())
+                    found.append(attention.weights(rows, list(_encoding(items[i]).heads), masks).cpu())
 
         hidden = self.model(batch, self._on_progress, observe if weights else None)
         duration = time.perf_counter() - begin

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,9 +137,10 @@ class DecodeGraphs:
         self._listed = listed
         self._capture = capture
         self._graphs: dict[int, _Graph] = {}
+        self._broken = False
         # The largest first: its memory serves the others.
         for size in reversed([size for size in listed.sizes if size in self._sizes]):
-            self._graphs[size] = self._make(size)
+            self._capture_size(size)
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -166,7 +168,9 @@ class DecodeGraphs:
         size = self._sizes[place]
         graph = self._graphs.get(size)
         if graph is None:
-            graph = self._graphs[size] = self._make(size)
+            graph = self._capture_size(size)
+            if graph is None:
+                return None
             self._listed.add(size)
         _, lengths = attention.on_device()
         self._fill(graph, batch, lengths)
@@ -189,6 +193,18 @@ class DecodeGraphs:
         width = attention.block_tables.shape[1]
         graph.tables[:count, :width].copy_(attention.block_tables)
         graph.tables[count:, :1].fill_(0)
+
+    def _capture_size(self, size: int) -> _Graph | None:
+        """None, and none ever after, where a capture fails: steps are launched kernel by kernel then."""
+        if self._broken:
+            return None
+        try:
+            graph = self._graphs[size] = self._make(size)
+        except RuntimeError as error:
+            self._broken = True
+            sys.stderr.write(f"no CUDA graphs: the capture of {size} sequences failed: {error}\n")
+            return None
+        return graph
 
     def _make(self, size: int) -> _Graph:
         model, device = self._model, self._model.device

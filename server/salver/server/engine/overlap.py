@@ -143,6 +143,12 @@ class OverlappedCore(EngineCore):
         if item.sequence.status is SequenceStatus.RUNNING:
             super()._advance(item, num_accepted)
 
+    def weights_changed(self) -> None:
+        if self._flying is not None:
+            last, self._flying = self._flying, None
+            self._land(last)
+        super().weights_changed()
+
     def abort(self, request_id: int, sample_index: int | None = None) -> None:
         super().abort(request_id, sample_index)
         if not self.scheduler.has_work:

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from salver.server.engine.config import EngineConfig
+from salver.server.engine.rank_messages import read_message
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,8 +21,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from salver.server.engine.ranks import read_message
-
     config = read_message(sys.stdin.buffer)
     if config is None:
         return 0  # the worker is gone
@@ -36,7 +35,7 @@ def _serve(config: EngineConfig, rank: int, store: str) -> None:
     from salver.model.errors import CheckpointError
     from salver.model.loader import load_model
     from salver.model.numerics import default_dtype
-    from salver.server.engine.ranks import Command, Follower, join, read_message
+    from salver.server.engine.ranks import Command, Follower, join
     from salver.server.engine.startup import DTYPES, find_device, use_threads
 
     device = find_device(config)

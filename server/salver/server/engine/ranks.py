@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
-import struct
 import subprocess
 import sys
 import tempfile
@@ -19,7 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +29,8 @@ from salver.model.parallel import Ranks
 from salver.model.spec import ModelSpec
 from salver.model.transformer import OnAttention, Transformer
 from salver.server.engine.config import EngineConfig
+from salver.server.engine.rank_messages import write_message
 
-_LENGTH = struct.Struct("<I")
 _RANK_ENDED = 70  # the worker's exit code then (EX_SOFTWARE)
 
 
@@ -71,22 +69,6 @@ class CopyBlocks:
 
 
 Command = MakeCache | PadExperts | Forward | Logits | CopyBlocks
-
-
-def write_message(pipe: IO[bytes], message: object) -> None:
-    body = pickle.dumps(message)
-    pipe.write(_LENGTH.pack(len(body)) + body)
-    pipe.flush()
-
-
-def read_message(pipe: IO[bytes]) -> Any:
-    """The next message; None at the end of the pipe."""
-    header = pipe.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
-        return None
-    (length,) = _LENGTH.unpack(header)
-    body = pipe.read(length)
-    return pickle.loads(body) if len(body) == length else None
 
 
 def join(rank: int, size: int, store: str, device: torch.device) -> Ranks:

@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from salver.model.pooling import Pool
 from salver.model.sampling import StepDistribution
+from salver.model.spec import ModelSpec
 from salver.server.engine.core import RowResult
 from salver.server.engine.request import Readout
 from salver.server.engine.scheduler import Scheduled
@@ -41,6 +43,37 @@ def read_states(item: Scheduled, hidden: NDArray[np.float32], result: RowResult,
     if ends:
         vector = pool.vector()
         result.arrays = (vector if dense is None else dense(vector),)
+
+
+def read_scores(
+    item: Scheduled,
+    spec: ModelSpec,
+    hidden: Tensor,
+    first_row: int,
+    classify: Callable[[Tensor], Tensor],
+    result: RowResult,
+) -> None:
+    """SCORES of a decoder: of the last token, or of the part's tokens; arrays once all is computed.
+
+    The part's rows begin at `first_row` of the step's hidden states [N, hidden_size].
+    """
+    sequence, classifier = item.sequence, spec.classifier
+    assert classifier is not None
+    rows = range(item.num_tokens)
+    if classifier.reads == "input":
+        place = classifier.place(sequence.token_ids) - item.start
+        rows = range(place, place + 1) if 0 <= place < item.num_tokens else range(0)
+    chunks = cast(tuple[NDArray[np.float32], ...], sequence.partial or ())
+    if rows:
+        found = classify(hidden[first_row + rows.start : first_row + rows.stop]).cpu().numpy()
+        if not np.isfinite(found).all():
+            result.error = "the head's scores are not numbers"
+            return
+        chunks = (*chunks, found)
+    result.partial = chunks
+    if item.start + item.num_tokens == sequence.num_tokens:
+        scores = np.concatenate(chunks)
+        result.arrays = (scores[0] if classifier.reads == "input" else scores,)
 
 
 def distribution_arrays(steps: Sequence[StepDistribution], top_k: int) -> tuple[NDArray[Any], ...]:

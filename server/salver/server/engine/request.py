@@ -265,6 +265,7 @@ class Ready:
     max_num_batched_tokens: int
     phases: tuple[tuple[str, float], ...]  # start-up phases in order, seconds
     quantization: str = "none"  # of the weights: none | int8 | int4
+    fixed_rows: int = 0  # of every product on a GPU; see `numerics.numerics_id`
     adapters: tuple[AdapterFacts, ...] = ()
     lost_adapters: tuple[tuple[str, str], ...] = ()  # keys of what the last worker had, and why not this one
     measured: Measured | None = None

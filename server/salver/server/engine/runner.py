@@ -23,14 +23,15 @@ from salver.model.sampling import (
     token_logprobs,
 )
 from salver.model.transfer import tensor_on
-from salver.model.transformer import Decoder, OnAttention, SourceDecoder
+from salver.model.transformer import Classifying, Decoder, OnAttention, SourceDecoder
 from salver.server.engine.attention_rows import AttentionRows
 from salver.server.engine.batch import Batch, Part, build_batch
 from salver.server.engine.beam import Candidate, num_candidates
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
+from salver.server.engine.grammar import Grammars, Mask
 from salver.server.engine.graphs import DecodeGraphs
-from salver.server.engine.readouts import Dense, distribution_arrays, read_states
+from salver.server.engine.readouts import Dense, distribution_arrays, read_scores, read_states
 from salver.server.engine.request import EncodingParams, EngineRequest, Logprobs, Readout
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
@@ -172,7 +173,9 @@ class ModelRunner:
         self, item: Scheduled, encoding: EncodingParams, hidden: Tensor, first_row: int, result: RowResult
     ) -> None:
         """What `encoding` asks for of the part's rows."""
-        if encoding.readout is not Readout.DISTRIBUTION:
+        if encoding.readout is Readout.SCORES:
+            read_scores(item, self.model.spec, hidden, first_row, self._classify, result)
+        elif encoding.readout is not Readout.DISTRIBUTION:
             states = hidden[first_row : first_row + item.num_tokens].float().cpu().numpy().copy()
             read_states(item, states, result, self._dense)
         elif item.start + item.num_tokens == item.sequence.num_tokens:
@@ -193,6 +196,13 @@ class ModelRunner:
             self.adapters.select_head(padded)
         index = tensor_on(self.device, padded, torch.int64)
         return self.model.logits(hidden.index_select(0, index))[: len(rows)]
+
+    def _classify(self, rows: Tensor) -> Tensor:
+        """float32 [R, labels] of hidden rows, padded for the product."""
+        padding = -len(rows) % self.row_multiple
+        padded = torch.cat((rows, rows.new_zeros((padding, rows.shape[1])))) if padding else rows
+        assert isinstance(self.model, Classifying)
+        return self.model.classify(padded)[: len(rows)]
 
     def _begin_masks(self, items: list[Scheduled]) -> Future[list[Mask | None]]:
         """What the grammars allow after each of these, begun beside the model."""

@@ -198,6 +198,7 @@ def describe(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         phases=tuple(phases),
+        fixed_rows=fixed_rows,
         adapters=adapters,
         lost_adapters=lost_adapters,
         measured=measured,

@@ -37,7 +37,12 @@ from salver.server.engine.encoder_runner import EncoderRunner
 from salver.server.engine.request import Ready
 from salver.server.engine.runner import ModelRunner, is_out_of_memory
 from salver.server.engine.startup import DTYPES, facts_of, numerics_id_of, read_adapter
-from salver.server.engine.weight_staging import StagedWeights, stage_decoder, stage_encoder
+from salver.server.engine.weight_staging import (
+    StagedWeights,
+    UnsupportedChange,
+    stage_decoder,
+    stage_encoder,
+)
 
 # What the thread leaves to the loop: puts it in place, and says what is told of it.
 Install = Callable[[], Changed]
@@ -97,6 +102,8 @@ class Updates:
                 built: Install | Changed = self._prepare(change)
         except CheckpointError as error:
             built = Changed(change.ticket, Refusal.INVALID, str(error))
+        except UnsupportedChange as error:
+            built = Changed(change.ticket, Refusal.UNSUPPORTED, str(error))
         except Exception as error:
             if is_out_of_memory(error):
                 built = Changed(change.ticket, Refusal.MEMORY, str(error).partition("\n")[0])
@@ -158,7 +165,7 @@ class Updates:
         config = replace(self._config, weights=change.directory, weights_digest=change.digest)
         numerics_id = numerics_id_of(
             config, runner.device, DTYPES[self._ready.dtype], self._threads, runner.row_multiple,
-            self._ready.kernels,
+            self._ready.kernels, self._ready.fixed_rows,
         )  # fmt: skip
 
         def install() -> Changed:

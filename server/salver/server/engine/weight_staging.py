@@ -22,6 +22,7 @@ from salver.model.encoder_spec import EncoderSpec
 from salver.model.errors import CheckpointError
 from salver.model.loader import load_model
 from salver.model.precision import weights_dtype_name
+from salver.model.quantized import quantize_model
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, Transformer
 from salver.server.engine.config import EngineConfig
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from salver.model.kernels.encoder_program import NativeEncoder
 
 HOST = torch.device("cpu")
+
+
+class UnsupportedChange(Exception):
+    """The weights of this engine cannot be replaced while it computes; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +60,13 @@ def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, th
     live = runner.model
     if runner.device.type != "cpu":
         assert isinstance(live, Transformer)
+        if config.quantization != "none":
+            quantize_model(staged, config.quantization)
 
         def copy() -> None:
+            torch.cuda.synchronize(live.device)  # a step may be in flight, on another stream
             with torch.inference_mode():
-                for own, new in zip(live.parameters(), staged.parameters(), strict=True):
+                for own, new in zip(live.stored(), staged.stored(), strict=True):
                     own.copy_(new)
                     runner.progress()
             live.checkpoint = staged.checkpoint
@@ -77,11 +85,11 @@ def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, th
 def stage_encoder(
     runner: EncoderRunner, config: EngineConfig, directory: Path, threads: int
 ) -> StagedWeights:
-    """As `stage_decoder`."""
+    """As `stage_decoder`; and UnsupportedChange."""
     spec = runner.model.spec
     check_spec(directory, spec)
     if runner.has_dense:
-        raise CheckpointError(f"{directory}: a model with dense modules after its pooling cannot be updated")
+        raise UnsupportedChange("not of a model with dense modules after its pooling")
     staged = load_encoder(directory, spec, device=runner.device, dtype=encoder_dtype(config, runner.device))
     check_numbers(staged, directory)
     computing, _ = use_kernels(config, staged, threads)

@@ -222,6 +222,9 @@ def refused(error: ChangeRefused, directory: Path) -> ApiError | ChangeRefused:
     if error.refusal is Refusal.INVALID:
         told = str(error).replace(f"{directory.parent}/", "")
         return invalid_argument([Violation("directory", told)])
+    if error.refusal is Refusal.UNSUPPORTED:
+        told = f"what this server computes cannot be changed while it runs: {error}"
+        return ApiError(grpc.StatusCode.FAILED_PRECONDITION, told, reason="NOT_SUPPORTED")
     if error.refusal is Refusal.MEMORY:
         return ApiError(
             grpc.StatusCode.RESOURCE_EXHAUSTED, f"the memory is too small: {error}", reason="OUT_OF_MEMORY"

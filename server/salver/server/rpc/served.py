@@ -170,15 +170,18 @@ class ServedModel:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """What this checkpoint can be asked; a ranker is a classifier of one label."""
-        if self.encoder is None:
+        decoder = self.spec if isinstance(self.spec, ModelSpec) else None
+        if self.encoder is None and (decoder is None or not decoder.body):
             chat = () if self.chat_template is None else (Task.CHAT,)
             embed = (Task.EMBED,) if self.source is None else ()
             return (Task.GENERATE, *chat, Task.SCORE, *embed)
-        head = self.encoder.head
-        if head is None:
-            return (Task.EMBED,)
-        rank = (Task.RERANK,) if head.reads == "input" and head.size == 1 else ()
-        return (Task.EMBED, *rank, *_TASKS_OF_HEADS[head.reads])
+        reads, size = "", 0
+        if self.encoder is not None and self.encoder.head is not None:
+            reads, size = self.encoder.head.reads, self.encoder.head.size
+        elif decoder is not None and decoder.classifier is not None:
+            reads, size = decoder.classifier.reads, len(decoder.classifier.labels)
+        rank = (Task.RERANK,) if reads == "input" and size == 1 else ()
+        return (Task.EMBED, *rank, *_TASKS_OF_HEADS.get(reads, ()))
 
     def require(self, task: Task) -> None:
         """Raises ApiError (FAILED_PRECONDITION) for a task that the checkpoint does not have."""
@@ -194,14 +197,20 @@ class ServedModel:
 
     @property
     def labels(self) -> tuple[str, ...]:
+        if isinstance(self.spec, ModelSpec):
+            return () if self.spec.classifier is None else self.spec.classifier.labels
         return self.encoder.labels if self.encoder is not None and self.encoder.head is not None else ()
 
     @property
     def problem_type(self) -> str:
+        if isinstance(self.spec, ModelSpec):
+            return "" if self.spec.classifier is None else self.spec.classifier.problem_type
         return self.encoder.problem_type if self.encoder is not None else ""
 
     @property
     def rank_activation(self) -> str:
+        if isinstance(self.spec, ModelSpec):
+            return "" if self.spec.classifier is None else self.spec.classifier.rank_activation
         return self.encoder.rank_activation if self.encoder is not None else ""
 
     @cached_property
