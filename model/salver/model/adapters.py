@@ -171,7 +171,7 @@ class _Beside:
         if layer not in self._sites:
             name = "tied_head" if layer == HEAD and getattr(self._model, HEAD, None) is None else layer
             module = self._model.get_submodule(name)
-            active = self._head if layer.partition(".")[0] == HEAD else self._step
+            active = self._head if layer.partition(".")[0] in (HEAD, "classifier") else self._step
             self._sites[layer] = _site_of(module, active)
         return self._sites[layer]
 

@@ -27,6 +27,9 @@ class Place:
 
 def unsupported(adapter: Adapter) -> str | None:
     """What of an adapter the kernel does not do; None: it does all of it."""
+    for name in (*adapter.low_rank, *adapter.replaced):
+        if name.partition(".")[0] == "classifier":
+            return f"another {name}"
     for name in adapter.replaced:
         layer, _, kind = name.rpartition(".")
         if layer == "positions" or (kind == "weight" and layer.startswith("layers.") and "norm" not in layer):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .build import KernelUnavailable
 
-VERSION = 6
+VERSION = 7
 PANEL = 32  # columns of a packed panel
 LANES = 16
 TILE = 64  # keys of a tile of attention

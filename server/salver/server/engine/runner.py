@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -174,7 +175,8 @@ class ModelRunner:
     ) -> None:
         """What `encoding` asks for of the part's rows."""
         if encoding.readout is Readout.SCORES:
-            read_scores(item, self.model.spec, hidden, first_row, self._classify, result)
+            classify = partial(self._classify, item.sequence.request.adapter)
+            read_scores(item, self.model.spec, hidden, first_row, classify, result)
         elif encoding.readout is not Readout.DISTRIBUTION:
             states = hidden[first_row : first_row + item.num_tokens].float().cpu().numpy().copy()
             read_states(item, states, result, self._dense)
@@ -197,10 +199,12 @@ class ModelRunner:
         index = tensor_on(self.device, padded, torch.int64)
         return self.model.logits(hidden.index_select(0, index))[: len(rows)]
 
-    def _classify(self, rows: Tensor) -> Tensor:
-        """float32 [R, labels] of hidden rows, padded for the product."""
+    def _classify(self, adapter: str, rows: Tensor) -> Tensor:
+        """float32 [R, labels] of hidden rows under an adapter, padded for the product."""
         padding = -len(rows) % self.row_multiple
         padded = torch.cat((rows, rows.new_zeros((padding, rows.shape[1])))) if padding else rows
+        if self.adapters is not None:
+            self.adapters.select_heads([adapter] * len(padded))
         assert isinstance(self.model, Classifying)
         return self.model.classify(padded)[: len(rows)]
 

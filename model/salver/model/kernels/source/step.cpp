@@ -572,7 +572,7 @@ void in_parallel(void (*function)(void*), void* argument, int threads) {
 extern "C" {
 
 // Bumped with any change of the structures or of a result's bits.
-std::int32_t salver_version() { return 6; }
+std::int32_t salver_version() { return 7; }
 
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
