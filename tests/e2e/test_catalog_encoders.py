@@ -56,7 +56,7 @@ def test_antiberty_fills_residues(start_server: Callable[..., Any], cache_dir: P
 
     checkpoint = fetched("antiberty", cache_dir)
     reference = BertForMaskedLM(BertConfig.from_json_file(checkpoint / "config.json")).eval()
-    weights = torch.load(checkpoint / "pytorch_model.bin", weights_only=True)
+    weights = torch.load(checkpoint / "pytorch_model.bin", map_location="cpu", weights_only=True)
     lacking = reference.load_state_dict(weights, strict=False)
     assert not lacking.missing_keys
     vocabulary = (checkpoint / "vocab.txt").read_text().split("\n")

@@ -20,7 +20,7 @@ import torch
 
 from salver.server.engine import startup
 from salver.server.engine.core import RowResult, StepResult
-from salver.server.engine.runner import ModelRunner
+from salver.server.engine.launching import LaunchingModelRunner
 from salver.server.engine.scheduler import Schedule
 from salver.server.engine.sequence import Sequence
 from salver.server.engine.worker import main
@@ -36,7 +36,7 @@ def fault_of(sequence: Sequence) -> str | None:
     return fault
 
 
-class FaultyRunner(ModelRunner):
+class FaultyRunner(LaunchingModelRunner):
     """Computes the step, and then the harm: what was computed is lost with it."""
 
     def _compute(self, schedule: Schedule) -> StepResult:
@@ -65,5 +65,5 @@ class FaultyRunner(ModelRunner):
 
 
 if __name__ == "__main__":
-    startup.ModelRunner = FaultyRunner  # type: ignore[misc]
+    startup.LaunchingModelRunner = FaultyRunner  # type: ignore[misc]
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from support.stack import CPU
 from transformers import AutoModelForCausalLM
 from unit.test_engine_core import Sink, request
 
-from salver.model.adapters import AdapterSet, load_adapter
+from salver.model.adapters import AdapterBase, AdapterSet, load_adapter
 from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
 from salver.model.loader import load_model
@@ -88,7 +89,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def runner_of(checkpoint: Path, adapters: dict[str, Path]) -> ModelRunner:
     model = load_model(checkpoint, device=CPU, dtype=torch.float32, numerics="exact")
     cache = KVCache(model.spec, LIMITS.num_blocks, LIMITS.block_size, dtype=torch.float32, device=CPU)
-    loaded = {name: load_adapter(path, model) for name, path in adapters.items()}
+    base = AdapterBase.of(model)
+    loaded = {name: load_adapter(path, base) for name, path in adapters.items()}
     made = AdapterSet(model, loaded, 4)
     return ModelRunner(model, cache, block_size=LIMITS.block_size, row_multiple=4, adapters=made)
 
@@ -155,13 +157,21 @@ def with_tensor(directory: Path, change: Callable[[dict[str, torch.Tensor]], Non
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+NORM = {"base_model.model.model.norm.weight": torch.full((64,), 2.0)}
 
 
 @pytest.mark.parametrize(
     ("spoil", "part"),
     [
-        (lambda d: changed(d, use_dora=True), "use_dora"),
-        (lambda d: changed(d, modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda d: changed(d, use_dora=True), "q_proj.lora_magnitude_vector is missing"),
+        (lambda d: changed(d, modules_to_save=["lm_head"]), "lm_head.weight of modules_to_save is missing"),
+        (lambda d: changed(d, target_parameters=["experts.down_proj"]), "target_parameters"),
+        (lambda d: changed(d, some_new_field=1), "some_new_field"),
+        (lambda d: changed(d, target_modules=["v_proj"]), "q_proj.lora_A.weight is of no module in target"),
+        (lambda d: changed(d, layers_to_transform=[1]), "layers.0.self_attn.q_proj.lora_A.weight is of no"),
+        (lambda d: changed(d, target_modules="(q_proj"), "target_modules: "),
+        (lambda d: changed(d, bias="some"), "bias is 'some'"),
+        (lambda d: with_tensor(d, lambda t: t.update(NORM)), "differs from the base's"),
         (lambda d: changed(d, peft_type="IA3"), "IA3"),
         (lambda d: changed(d, r=5), "has shape"),
         (lambda d: changed(d, r="4"), "rank of"),
@@ -172,7 +182,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda d: with_tensor(d, lambda t: t.update(other=torch.zeros(1))), "tensor other"),
         (
             lambda d: with_tensor(d, lambda t: t.update({NAME.replace("q_proj", "x"): torch.zeros(4, 64)})),
-            "self_attn.x.lora_A.weight is of no layer",
+            "self_attn.x.lora_A.weight is of no module in target_modules",
         ),
         (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "adapter_model.safetensors"),
         (lambda d: (d / "adapter_model.safetensors").unlink(), "neither"),
@@ -183,6 +193,6 @@ def test_a_bad_adapter_is_refused_by_name(
 ) -> None:
     write_adapter(tiny_llama, tmp_path, 0, r=4, lora_alpha=8, target_modules=["q_proj"])
     spoil(tmp_path)
-    model = load_model(tiny_llama, device=CPU, dtype=torch.float32, numerics="exact")
-    with pytest.raises(CheckpointError, match=part):
-        load_adapter(tmp_path, model)
+    base = AdapterBase.of(load_model(tiny_llama, device=CPU, dtype=torch.float32, numerics="exact"))
+    with pytest.raises(CheckpointError, match=re.escape(part)):
+        load_adapter(tmp_path, base)

@@ -61,8 +61,18 @@ def some_logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
 def test_equal_to_transformers(changes: dict[str, float], vocab: int) -> None:
     row = replace(BASE, **changes)
     logits = some_logits(4, vocab)
-    history = torch.tensor([[*row.prompt_token_ids, *row.output_token_ids]]).expand(4, -1)
-    expected = logits.clone()
+    expected = of_transformers(row, logits)
+    before = logits.clone()
+    found = process(logits, [row] * 4)
+    assert torch.equal(logits, before), "the caller's logits are left as they are"
+    torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), atol=1e-6, rtol=1e-4)
+    assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+def of_transformers(row: SamplingRow, logits: torch.Tensor) -> torch.Tensor:
+    """What its processors and warpers make of logits [R, V] that all belong to the row."""
+    tokens = torch.tensor([[*row.prompt_token_ids, *row.output_token_ids]])
+    history, expected = tokens.expand(len(logits), -1), logits.clone()
     if row.repetition_penalty != 1:
         expected = RepetitionPenaltyLogitsProcessor(row.repetition_penalty)(history, expected)
     expected = TemperatureLogitsWarper(row.temperature)(history, expected)
@@ -74,11 +84,7 @@ def test_equal_to_transformers(changes: dict[str, float], vocab: int) -> None:
         expected = MinPLogitsWarper(row.min_p)(history, expected)
     if row.typical_p < 1:
         expected = TypicalLogitsWarper(row.typical_p)(history, expected)
-    before = logits.clone()
-    found = process(logits, [row] * 4)
-    assert torch.equal(logits, before), "the caller's logits are left as they are"
-    torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), atol=1e-6, rtol=1e-4)
-    assert torch.equal(found.isfinite(), expected.isfinite())
+    return expected
 
 
 def histories(vocab: int, count: int, length: int) -> list[list[int]]:
@@ -162,14 +168,16 @@ def test_banned_tokens_are_never_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"temperature": 2.0, "top_k": 6}, {"top_p": 0.7}, {"typical_p": 0.6}], ids=str
+    "changes",
+    [{}, {"temperature": 2.0, "top_k": 6}, {"top_p": 0.7}, {"min_p": 0.1}, {"typical_p": 0.6}],
+    ids=str,
 )
-def test_drawn_as_distributed(changes: dict[str, float]) -> None:
+def test_drawn_as_transformers_would(changes: dict[str, float]) -> None:
     draws, vocab = 6000, 12
     logits = some_logits(1, vocab, seed=3)
     rows = [replace(BASE, seed=seed, output_token_ids=[], **changes) for seed in range(draws)]
     counts = Counter(sample(logits.expand(draws, -1), rows))
-    expected = process(logits, rows[:1]).softmax(-1)[0].double()
+    expected = of_transformers(rows[0], logits).softmax(-1)[0].double()
     possible = expected > 0
     assert all(possible[token] for token in counts)
     observed = [counts[i] for i in range(vocab) if possible[i]]

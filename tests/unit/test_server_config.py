@@ -45,8 +45,6 @@ def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_config(["m", "--adapter", "a=/x, b=y=z"], {}).adapter == (("a", "/x"), ("b", "y=z"))
     for text in ("a", "=x", "a=", "a=x,a=y", ""):
         assert "--adapter" in refused(capsys, "m", "--adapter", text)
-    for flags in (["--kernels", "native"], ["--quantization", "int8"]):
-        assert "--adapter" in refused(capsys, "m", "--adapter", "a=x", *flags)
 
 
 def test_what_several_ranks_do_not_share(capsys: pytest.CaptureFixture[str]) -> None:

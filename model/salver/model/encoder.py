@@ -14,16 +14,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .arithmetic import LoadedTensor
 from .buckets import distance_buckets
 from .disentangled import Convolution, Distances, DistanceScores, DistanceTable
 from .encoder_spec import EncoderSpec, HeadSpec, RelativeBuckets
-from .layers import ACTIVATIONS, Linear, Norm, Weights
+from .layers import ACTIVATIONS, Embedding, Linear, Norm, Weights
 from .rope import Rope, Rotation, sinusoids
 
 ENCODER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**ACTIVATIONS, "tanh": torch.tanh}
@@ -262,16 +264,18 @@ class Encoder(nn.Module):
     """An encoder built from its spec. Parameters are uninitialized until `load_encoder` fills them."""
 
     loaded: tuple[LoadedTensor, ...] = ()  # what the parameters were made of
+    checkpoint: Path | None = None  # and the directory that they came from
+    adapter_hooks: tuple[RemovableHandle, ...] = ()
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
         self.spec = spec
         size = spec.embedding_size or spec.hidden_size
-        self.embed = Weights(spec.vocab_size, size)
+        self.embed = Embedding(spec.vocab_size, size)
         table = spec.positions
         rows = 0 if table is None or spec.sinusoids else spec.max_input_tokens + table.offset
-        self.positions = Weights(rows, size) if rows else None
-        self.segments = Weights(spec.num_segments, size) if spec.num_segments else None
+        self.positions = Embedding(rows, size) if rows else None
+        self.segments = Embedding(spec.num_segments, size) if spec.num_segments else None
         normed = spec.hidden_size if spec.projection_first else size
         self.embedding_norm = Norm(spec.norm, normed) if spec.embedding_norm else None
         self.embedding_projection = (
@@ -365,14 +369,14 @@ class Encoder(nn.Module):
     def _embed(self, batch: EncoderBatch) -> Tensor:
         """[N, hidden_size]"""
         spec, ids = self.spec, batch.token_ids
-        x = F.embedding(ids, self.embed.weight) if self.look_up is None else self.look_up(ids)
+        x = self.embed(ids) if self.look_up is None else self.look_up(ids)
         if spec.embedding_multiplier != 1:
             x = x * torch.tensor(spec.embedding_multiplier, dtype=x.dtype, device=x.device)
         # In the order in which the reference adds them, which is seen in the last bits.
         if self.segments is not None:
-            x = x + F.embedding(batch.segments, self.segments.weight)
+            x = x + self.segments(batch.segments)
         if self.positions is not None:
-            x = x + F.embedding(batch.positions, self.positions.weight)
+            x = x + self.positions(batch.positions)
         if self._waves is not None:
             x = x + F.embedding(batch.positions, self._waves).to(x.dtype)
         if self.embedding_projection is not None and spec.projection_first:

@@ -21,4 +21,5 @@ def load_encoder(checkpoint: Path, spec: EncoderSpec, *, device: torch.device, d
         model, checkpoint, spec.weights, spec.num_layers, spec.architecture, dtype=dtype, device=device
     )
     model.prepare()
+    model.checkpoint = checkpoint
     return model

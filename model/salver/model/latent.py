@@ -7,6 +7,8 @@ that all heads read.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ class Latent(nn.Module):
         self.down = Linear(latent.latent_dim + latent.rotary_dim, spec.hidden_size, bias=spec.qkv_bias)
         self.norm = Norm(latent.norm, latent.latent_dim)
         self.up = Linear(spec.num_heads * (latent.key_dim + latent.value_dim), latent.latent_dim)
+        self.to_latent = HeadProduct(self.up, spec.num_heads, latent, keys=True)
+        self.from_latent = HeadProduct(self.up, spec.num_heads, latent, keys=False)
 
     def query(self, x: Tensor, rotation: Rotation) -> Tensor:
         """[N, num_heads, latent_dim + rotary_dim] of hidden [N, hidden]."""
@@ -37,7 +41,7 @@ class Latent(nn.Module):
             x = self.query_norm(self.query_down(x))
         query = self.query_up(x).view(x.shape[0], self.num_heads, -1)
         still, turning = torch.split(query, [self.spec.key_dim, self.spec.rotary_dim], dim=2)
-        return torch.cat((_by_head(still, self._matrices()[0]), rotation(turning)), dim=2)
+        return torch.cat((self.to_latent(still), rotation(turning)), dim=2)
 
     def vectors(self, x: Tensor, rotation: Rotation) -> Tensor:
         """[N, 1, latent_dim + rotary_dim] of hidden [N, hidden], for the cache."""
@@ -47,13 +51,32 @@ class Latent(nn.Module):
     def values(self, attended: Tensor) -> Tensor:
         """[N, num_heads * value_dim] of what attention gives, [N, num_heads * (latent_dim + rotary_dim)]."""
         vectors = torch.unflatten(attended, 1, (self.num_heads, -1))[..., : self.spec.latent_dim]
-        return _by_head(vectors, self._matrices()[1].transpose(1, 2)).flatten(1)
+        return self.from_latent(vectors).flatten(1)
 
-    def _matrices(self) -> tuple[Tensor, Tensor]:
-        """[num_heads, key_dim, latent_dim] and [num_heads, value_dim, latent_dim]."""
-        matrices = torch.unflatten(self.up.weight, 0, (self.num_heads, -1))
-        keys, values = torch.split(matrices, [self.spec.key_dim, self.spec.value_dim], dim=1)
-        return keys, values
+
+class HeadProduct(nn.Module):
+    """Products of the heads with their parts of `up`: queries with the keys', vectors with the values'."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
+    def __init__(self, up: Linear, num_heads: int, latent: LatentAttention, *, keys: bool) -> None:
+        super().__init__()
+        self.up = up
+        self.num_heads = num_heads
+        self.sizes = [latent.key_dim, latent.value_dim]
+        self.keys = keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, heads, latent_dim] of queries [N, heads, key_dim]; [N, heads, value_dim] of the vectors."""
+        return self.product(x, self.up.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same with another matrix in the place of `up`'s."""
+        matrices = torch.unflatten(weight, 0, (self.num_heads, -1))
+        keys, values = torch.split(matrices, self.sizes, dim=1)
+        return _by_head(x, keys if self.keys else values.transpose(1, 2))
 
 
 def _by_head(x: Tensor, matrices: Tensor) -> Tensor:

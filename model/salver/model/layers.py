@@ -89,6 +89,34 @@ class Linear(Weights):
         return out if self.reduce is None else self.reduce(out)
 
 
+class Embedding(Weights):
+    """A table [rows, width], read by row."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, ids: Tensor) -> Tensor: ...
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class TiedHead(nn.Module):
+    """A product with the token embeddings' own matrix."""
+
+    rows = 0  # see `product`
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
+    def __init__(self, embed: Embedding) -> None:
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.embed.weight, None, self.rows)
+
+
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension; `own` heads have weights of their own."""
 
@@ -112,7 +140,10 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape), requires_grad=False) if spec.has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        return self.scaled(x, self.weight, self.bias)
+
+    def scaled(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """x normalized, with this weight and bias."""
         if self.offset and weight is not None:  # in float32, as Gemma does: 1 + w has more digits than w
             return self._normed(x.float(), weight.float() + self.offset, None).to(x.dtype)
         if weight is not None and weight.dim() > 1:

@@ -72,6 +72,7 @@ def load_model(
         model, checkpoint, spec.weights, spec.num_layers, spec.architecture, dtype=dtype, device=device,
         whole=whole, part=sharding.part if sharding else None,
     )  # fmt: skip
+    model.checkpoint = checkpoint
     tell("weights")
     return model
 
@@ -123,8 +124,75 @@ def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(path), attribute, nn.Parameter(value, requires_grad=False))
 
 
-class CheckpointTensors:
-    """The tensors of a checkpoint under the names that a weight map uses; evaluates sources."""
+class SourceWriter:
+    """Evaluates sources; what a name stands for, a subclass says."""
+
+    def write(self, source: Source, target: Tensor) -> None:
+        """Fills `target` (a parameter or a view of one); raises CheckpointError for another shape."""
+        if isinstance(source, Copy):
+            self._copy(source.name, target)
+        elif isinstance(source, Transpose):
+            self.write(source.source, target.transpose(-1, -2))
+        elif isinstance(source, Taps):
+            taps = torch.unflatten(target, 1, (source.size, -1))
+            self.write(source.source, taps.transpose(1, 2))
+        elif isinstance(source, Cat):
+            if sum(source.sizes) != target.shape[source.dim] or len(source.sizes) != len(source.sources):
+                raise ValueError(f"{source.sizes} do not make up {list(target.shape)}")
+            for part, view in zip(
+                source.sources, torch.split(target, list(source.sizes), source.dim), strict=True
+            ):
+                self.write(part, view)
+        elif isinstance(source, Stack):
+            for part, view in zip(source.sources, target, strict=True):
+                self.write(part, view)
+        elif isinstance(source, Optional):
+            if all(self._has(name) for name in names_of(source.source)):
+                self.write(source.source, target)
+            elif target.shape == source.shape:
+                target.fill_(source.fill)
+            else:
+                raise ValueError(f"{source.shape} cannot fill {list(target.shape)}")
+        elif isinstance(source, Either):
+            self.write(self._first_of(source), target)
+        elif isinstance(source, Mxfp4):
+            self._unpack(source, target)
+        elif isinstance(source, Split):
+            shape = list(target.shape)
+            shape[source.dim] = source.groups * sum(source.sizes)
+            whole = torch.empty(shape, dtype=target.dtype, device=target.device)
+            self.write(source.source, whole)
+            runs = torch.unflatten(whole, source.dim, (source.groups, -1))
+            parts = torch.split(runs, list(source.sizes), source.dim + 1)
+            target.copy_(parts[source.index].flatten(source.dim, source.dim + 1))
+        else:
+            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            self.write(source.source, whole)
+            mine, theirs = (
+                torch.unflatten(tensor.movedim(source.dim, 0), 0, (source.groups, -1))
+                for tensor in (target, whole)
+            )
+            mine.copy_(theirs)
+            # [groups, inner, outer, rest] of the target, seen as the source's.
+            turned = slice(source.lead, mine.shape[1] - source.tail)
+            moved = torch.unflatten(mine[:, turned], 1, (source.inner, source.outer, -1)).transpose(1, 2)
+            moved.copy_(torch.unflatten(theirs[:, turned], 1, (source.outer, source.inner, -1)))
+
+    def _first_of(self, source: Either) -> Copy:
+        return next((copy for copy in source.sources if self._has(copy.name)), source.sources[0])
+
+    def _has(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def _copy(self, name: str, target: Tensor) -> None:
+        raise NotImplementedError
+
+    def _unpack(self, source: Mxfp4, target: Tensor) -> None:
+        raise NotImplementedError
+
+
+class CheckpointTensors(SourceWriter):
+    """The tensors of a checkpoint under the names that a weight map uses."""
 
     def __init__(self, checkpoint: Path, weights: WeightMap, staging: Staging | None = None) -> None:
         """`staging` copies to the device; None: the host does."""
@@ -183,66 +251,17 @@ class CheckpointTensors:
                     "though config.json ties them (tie_word_embeddings)"
                 )
 
-    def write(self, source: Source, target: Tensor) -> None:
-        """Fills `target` (a parameter or a view of one); raises CheckpointError for another shape."""
-        if isinstance(source, Copy):
-            tensor = self._read(source.name)
-            if tensor.shape != target.shape:
-                file, full_name = self._files[source.name]
-                raise CheckpointError(
-                    f"{file.path}: {full_name} has shape {list(tensor.shape)}, "
-                    f"{list(target.shape)} was expected"
-                )
-            self._staging.copy(tensor, target)
-        elif isinstance(source, Transpose):
-            self.write(source.source, target.transpose(-1, -2))
-        elif isinstance(source, Taps):
-            taps = torch.unflatten(target, 1, (source.size, -1))
-            self.write(source.source, taps.transpose(1, 2))
-        elif isinstance(source, Cat):
-            if sum(source.sizes) != target.shape[source.dim] or len(source.sizes) != len(source.sources):
-                raise ValueError(f"{source.sizes} do not make up {list(target.shape)}")
-            for part, view in zip(
-                source.sources, torch.split(target, list(source.sizes), source.dim), strict=True
-            ):
-                self.write(part, view)
-        elif isinstance(source, Stack):
-            for part, view in zip(source.sources, target, strict=True):
-                self.write(part, view)
-        elif isinstance(source, Optional):
-            if all(name in self._files for name in names_of(source.source)):
-                self.write(source.source, target)
-            elif target.shape == source.shape:
-                target.fill_(source.fill)
-            else:
-                raise ValueError(f"{source.shape} cannot fill {list(target.shape)}")
-        elif isinstance(source, Either):
-            self.write(self._first_of(source), target)
-        elif isinstance(source, Mxfp4):
-            self._unpack(source, target)
-        elif isinstance(source, Split):
-            shape = list(target.shape)
-            shape[source.dim] = source.groups * sum(source.sizes)
-            whole = torch.empty(shape, dtype=target.dtype, device=target.device)
-            self.write(source.source, whole)
-            runs = torch.unflatten(whole, source.dim, (source.groups, -1))
-            parts = torch.split(runs, list(source.sizes), source.dim + 1)
-            target.copy_(parts[source.index].flatten(source.dim, source.dim + 1))
-        else:
-            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-            self.write(source.source, whole)
-            mine, theirs = (
-                torch.unflatten(tensor.movedim(source.dim, 0), 0, (source.groups, -1))
-                for tensor in (target, whole)
-            )
-            mine.copy_(theirs)
-            # [groups, inner, outer, rest] of the target, seen as the source's.
-            turned = slice(source.lead, mine.shape[1] - source.tail)
-            moved = torch.unflatten(mine[:, turned], 1, (source.inner, source.outer, -1)).transpose(1, 2)
-            moved.copy_(torch.unflatten(theirs[:, turned], 1, (source.outer, source.inner, -1)))
+    def _has(self, name: str) -> bool:
+        return name in self._files
 
-    def _first_of(self, source: Either) -> Copy:
-        return next((copy for copy in source.sources if copy.name in self._files), source.sources[0])
+    def _copy(self, name: str, target: Tensor) -> None:
+        tensor = self._read(name)
+        if tensor.shape != target.shape:
+            file, full_name = self._files[name]
+            raise CheckpointError(
+                f"{file.path}: {full_name} has shape {list(tensor.shape)}, {list(target.shape)} was expected"
+            )
+        self._staging.copy(tensor, target)
 
     def _unpack(self, source: Mxfp4, target: Tensor) -> None:
         """Fills a target [..., rows, columns], matrix by matrix."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .arithmetic import LoadedTensor
 from .attention import Alibi, Attention, AttentionBatch, Scoring, SourceBatch
@@ -18,7 +20,7 @@ from .cross import CrossAttention
 from .encoder import Encoder, EncoderBatch
 from .experts import Experts
 from .latent import Latent
-from .layers import ACTIVATIONS, Linear, Norm, Weights, capped, product
+from .layers import ACTIVATIONS, Embedding, Linear, Norm, TiedHead, Weights, capped
 from .parallel import Shards
 from .rope import Rope, Rotation, sinusoids
 from .spec import AlibiPositions, BucketPositions, LearnedPositions, ModelSpec, SinusoidalPositions
@@ -228,6 +230,8 @@ class Transformer(nn.Module):
     """A decoder built from its spec. Parameters are uninitialized until `loader.load_model` fills them."""
 
     loaded: tuple[LoadedTensor, ...] = ()  # what the parameters were made of
+    checkpoint: Path | None = None  # and the directory that they came from
+    adapter_hooks: tuple[RemovableHandle, ...] = ()
     rows = 0  # of every product, where a GPU shall give a row the same bits in any step; see `layers.product`
     shards: Shards | None = None  # of one that holds a part of each matrix
 
@@ -237,20 +241,21 @@ class Transformer(nn.Module):
         self.attention = attention
         width = spec.embedding_size or spec.hidden_size
         narrow = width != spec.hidden_size
-        self.embed = Weights(spec.vocab_size, width)
+        self.embed = Embedding(spec.vocab_size, width)
         self.embed_in = Linear(spec.hidden_size, width) if narrow else None
         self.embed_out = Linear(width, spec.hidden_size) if narrow else None
         self.embedding_norm = Norm(spec.embedding_norm, spec.hidden_size) if spec.embedding_norm else None
-        self.positions: Weights | None = None
+        self.positions: Embedding | None = None
         if isinstance(spec.positions, LearnedPositions):
             rows = spec.max_position_embeddings + spec.positions.offset
-            self.positions = Weights(rows, spec.hidden_size)
+            self.positions = Embedding(rows, spec.hidden_size)
         self.buckets: Weights | None = None
         if isinstance(spec.positions, BucketPositions) and not spec.positions.own:
             self.buckets = Weights(spec.positions.num_buckets, spec.num_heads)
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
         self.final_norm = Norm(spec.norm, spec.hidden_size) if spec.final_norm else None
         self.head = None if spec.tied_head else Linear(spec.vocab_size, width, bias=spec.head_bias)
+        self.tied_head = TiedHead(self.embed) if spec.tied_head else None
         self.logit_bias = Weights(1, spec.vocab_size) if spec.logit_bias else None
         self.encoder = None if spec.encoder is None else Encoder(spec.encoder)
         if self.encoder is not None and not spec.own_embedding:
@@ -348,17 +353,14 @@ class Transformer(nn.Module):
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[N, hidden_size]"""
-        if self.shards is None:
-            x = F.embedding(token_ids, self.embed.weight)
-        else:
-            x = self.shards.embed(token_ids, self.embed.weight)
+        x = self.embed(token_ids) if self.shards is None else self.shards.embed(token_ids, self.embed.weight)
         if self.spec.embedding_multiplier != 1:
             # Rounded as x is, and a number of the host: a copy to the device cannot be captured.
             x = x * torch.tensor(self.spec.embedding_multiplier, dtype=x.dtype).item()
         if self.embed_in is not None:
             x = self.embed_in(x)
         if self.positions is not None and isinstance(self.spec.positions, LearnedPositions):
-            x = x + F.embedding(positions + self.spec.positions.offset, self.positions.weight)
+            x = x + self.positions(positions + self.spec.positions.offset)
         if self.waves is not None:
             x = x + F.embedding(positions, self.waves).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
@@ -367,9 +369,9 @@ class Transformer(nn.Module):
         """float32 [R, vocab_size] of hidden [R, hidden_size]."""
         if self.embed_out is not None:
             hidden = self.embed_out(hidden)
-        logits = (
-            product(hidden, self.embed.weight, None, self.rows) if self.head is None else self.head(hidden)
-        )
+        head = self.head if self.tied_head is None else self.tied_head
+        assert head is not None
+        logits = head(hidden)
         if self.shards is not None:
             logits = self.shards.whole_logits(logits)
         logits = logits.float()
@@ -403,7 +405,7 @@ class Transformer(nn.Module):
         """From now on products are of so many rows each; see `layers.product`."""
         self.rows = rows
         for module in self.modules():
-            if isinstance(module, Linear | Experts):
+            if isinstance(module, Linear | Experts | TiedHead):
                 module.rows = rows
 
     def num_parameters(self) -> int:

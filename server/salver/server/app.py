@@ -218,8 +218,6 @@ def find_kernel(config: ServerConfig) -> tuple[str, str]:
     """The native kernel's path, compiled if need be; or nothing, and why. Raises StartError."""
     if config.kernels == "torch" or config.device == "cuda":
         return "", ""
-    if config.has_adapters:
-        return "", "it has no adapters"
     if config.kernels == "auto" and config.device == "auto" and Path("/dev/nvidiactl").exists():
         return "", "this machine has a GPU"
     try:

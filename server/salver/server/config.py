@@ -219,11 +219,6 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
         return self.host if self.metrics_host is None else self.metrics_host
 
     @property
-    def has_adapters(self) -> bool:
-        """Or may have them later."""
-        return bool(self.adapter) or self.adapter_root is not None
-
-    @property
     def resolved_speculation(self) -> str:
         """off, ngram or draft."""
         if self.speculation != "auto":
@@ -368,12 +363,7 @@ def parse_config(
 
 
 def _check_adapters(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:
-    """Adapters are computed by plain torch."""
-    name = "--adapter" if config.adapter else "--adapter-root"
-    if config.has_adapters and config.kernels == "native":
-        parser.error(f"argument {name}: the native kernel has no adapters (--kernels torch, or auto)")
-    if config.has_adapters and config.quantization != "none":
-        parser.error(f"argument {name}: cannot be had with --quantization {config.quantization}")
+    """No more of them than may be."""
     if config.adapter_root is not None and len(config.adapter) > config.resolved_max_adapters:
         parser.error(f"argument --adapter: {len(config.adapter)} are more than --max-adapters")
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Norm, Weights
+from .adapters import in_panels
 from .library import (
     INT4_BLOCK,
-    LANES,
-    PANEL,
     CBuffer,
     COperation,
     CProgram,
@@ -107,19 +106,21 @@ class Compiled:
         epilogue: Epilogue = Epilogue.STORE,
         activation: int = 0,
         window: int = 0,
+        adapted: int = -1,
     ) -> None:
+        """`adapted`: which of the places that adapters change; -1 for none."""
         operation = COperation(
             kind=kind, layer=layer, in_=in_, out=out, weight=weight, extra=extra,
-            epilogue=epilogue, activation=activation, window=window,
+            epilogue=epilogue, activation=activation, window=window, adapted=adapted,
         )  # fmt: skip
         self._operations.append(operation)
 
-    def _norm(self, norm: Norm | None, in_: int, out: int) -> None:
+    def _norm(self, norm: Norm | None, in_: int, out: int, adapted: int = -1) -> None:
         assert norm is not None and norm.weight is not None  # see `unsupported`
         if norm not in self._norms:
             shift = None if norm.bias is None else self._keep(norm.bias.detach().float())
             self._norms[norm] = (self._keep(norm.weight.detach().float()), shift)
-        self._add(Kind.RMS_NORM if norm.rms else Kind.LAYER_NORM, in_, out)
+        self._add(Kind.RMS_NORM if norm.rms else Kind.LAYER_NORM, in_, out, adapted=adapted)
         operation = self._operations[-1]
         operation.scale, operation.shift = self._norms[norm]
         operation.epsilon = norm.eps
@@ -142,7 +143,7 @@ class Compiled:
         if scale.numel():
             found.column_scale = self._keep(scale)
         if bias is not None:
-            found.bias = self._keep(_in_panels(bias.detach().float(), panels, gated))
+            found.bias = self._keep(in_panels(bias.detach().float()[:, None], gated))
         self._weights.append(found)
         return len(self._weights) - 1
 
@@ -196,18 +197,3 @@ class Compiled:
         program.buffers, program.weights = self._c_buffers, self._c_weights
         program.pairs = self._pairs
         return True
-
-
-def _in_panels(bias: Tensor, panels: int, gated: bool) -> Tensor:
-    """A bias [N] in the order of the packed columns, zeros for padding."""
-    out = torch.zeros(panels * PANEL)
-    if not gated:
-        out[: bias.numel()] = bias
-        return out
-    half = bias.numel() // 2
-    lanes = out.view(panels, 2, LANES)
-    for part, values in enumerate((bias[:half], bias[half:])):
-        column = torch.zeros(panels * LANES)
-        column[:half] = values
-        lanes[:, part] = column.view(panels, LANES)
-    return out

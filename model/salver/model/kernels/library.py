@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .build import KernelUnavailable
 
-VERSION = 6
+VERSION = 7
 PANEL = 32  # columns of a packed panel
 LANES = 16
 TILE = 64  # keys of a tile of attention
@@ -68,6 +68,7 @@ class Kind(IntEnum):
     ROTATE = 9
     ATTEND_WHOLE = 10
     ATTEND_SOURCE = 11
+    SHRINK = 12
 
 
 class Epilogue(IntEnum):
@@ -131,6 +132,18 @@ class COperation(ctypes.Structure):
         ("scale", c_void_p),
         ("shift", c_void_p),
         ("epsilon", c_float),
+        ("adapted", c_int32),
+    )
+
+
+class CAdapted(ctypes.Structure):
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("ranks", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("rank", c_int32),
     )
 
 
@@ -154,6 +167,10 @@ class CProgram(ctypes.Structure):
         ("buffers", POINTER(CBuffer)),
         ("weights", POINTER(CWeight)),
         ("cache", CCache),
+        ("adapted", POINTER(CAdapted)),
+        ("num_adapters", c_int32),
+        ("shrunk", c_void_p),
+        ("shrunk_stride", c_int64),
     )
 
 
@@ -174,6 +191,7 @@ class CStep(ctypes.Structure):
         ("local_cos", c_void_p),
         ("local_sin", c_void_p),
         ("source", c_void_p),
+        ("adapters", c_void_p),
     )
 
 
@@ -194,10 +212,29 @@ class Library:
     def run(self, program: CProgram, step: CStep, threads: int, on_progress: Any) -> None:
         self._library.salver_run(ctypes.byref(program), ctypes.byref(step), threads, on_progress)
 
-    def multiply(self, rows: CBuffer, weight: CWeight, out: Tensor, threads: int) -> None:
-        """out, float32 [R, weight.rows], of the first R rows of a buffer."""
+    def multiply(
+        self,
+        rows: CBuffer,
+        weight: CWeight,
+        out: Tensor,
+        threads: int,
+        adapted: ctypes.Array[CAdapted] | None = None,
+        numbers: Tensor | None = None,
+        shrunk: Tensor | None = None,
+    ) -> None:
+        """out, float32 [R, weight.rows], of the first R rows of a buffer.
+
+        `numbers`, int32 [R], says which of `adapted` changes each row, -1 for none; `shrunk` is their room.
+        """
+        room = (None, 0) if shrunk is None else (c_void_p(shrunk.data_ptr()), c_int64(shrunk.stride(0)))
         self._library.salver_multiply(
-            ctypes.byref(rows), ctypes.byref(weight), c_void_p(out.data_ptr()), out.shape[0], threads
+            ctypes.byref(rows),
+            ctypes.byref(weight),
+            c_void_p(out.data_ptr()),
+            *(out.shape[0], threads),
+            adapted,
+            None if numbers is None else c_void_p(numbers.data_ptr()),
+            *room,
         )
 
     def put_rows(self, to: CBuffer, hidden: Tensor, rows: Tensor) -> None:

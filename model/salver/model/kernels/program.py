@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..adapter_reader import Adapter, AdapterBase
 from ..attention import AttentionBatch, Scoring
 from ..cache import KVCache
+from ..layers import Weights
 from ..spec import LearnedPositions, ModelSpec, RopePositions
 from ..transformer import Layer, OnAttention, Transformer
+from .adapters import NativeAdapters, Place
 from .build import KernelUnavailable, pairs_are_fast
 from .compiled import ATTENDED, FINAL, HEADS, INNER, NORMED, PROGRESS_ROWS, RESIDUAL, Compiled
 from .library import (
@@ -57,6 +60,9 @@ class NativeTransformer(Compiled):
         """
         spec = model.spec
         check(model, cache, precision)
+        self._base = None if model.checkpoint is None else AdapterBase.of(model)
+        self._places: dict[str, Place] = {}  # operations that adapters may change
+        self._adapters = NativeAdapters((), {}, 0, library, precision, threads)
         super().__init__(library, precision, threads, pairs_are_fast() if pairs is None else pairs)
         self.spec: ModelSpec = spec
         self._parameters = model.num_parameters()
@@ -90,30 +96,52 @@ class NativeTransformer(Compiled):
             self._classifier = self._weight(model.classifier, self.precision.head)
         embed = self._head if tied else self._table(model.embed)
         positions = -1 if model.positions is None else self._table(model.positions)
-        self._add(Kind.EMBED, RESIDUAL, RESIDUAL, weight=embed, extra=positions)
+        place = self._place("embed", "embedding")
+        self._add(Kind.EMBED, RESIDUAL, RESIDUAL, weight=embed, extra=positions, adapted=place)
         for layer in model.layers:
             assert isinstance(layer, Layer)
             self._layer(layer)
-        self._norm(model.final_norm, RESIDUAL, FINAL)
+        self._norm(model.final_norm, RESIDUAL, FINAL, self._place("final_norm", "norm"))
 
     def _layer(self, layer: Layer) -> None:
-        number = layer.index
-        self._norm(layer.attention_norm, RESIDUAL, NORMED)
-        self._add(Kind.MULTIPLY, NORMED, HEADS, weight=self._weight(layer.qkv))
+        number, name = layer.index, f"layers.{layer.index}"
+        place = self._place(f"{name}.attention_norm", "norm")
+        self._norm(layer.attention_norm, RESIDUAL, NORMED, place)
+        self._multiply(f"{name}.qkv", layer.qkv, NORMED, HEADS)
         self._add(Kind.ROTATE_AND_STORE, HEADS, HEADS, layer=number)
         self._add(Kind.ATTEND, HEADS, self._first(ATTENDED), layer=number)
         self._narrow(ATTENDED)
-        weight = self._weight(layer.attention_out)
-        self._add(Kind.MULTIPLY, ATTENDED, RESIDUAL, weight=weight, epilogue=Epilogue.ADD)
-        self._norm(layer.mlp_norm, RESIDUAL, NORMED)
-        up = self._weight(layer.up, gated=layer.gated)
+        self._multiply(f"{name}.attention_out", layer.attention_out, ATTENDED, RESIDUAL, Epilogue.ADD)
+        self._norm(layer.mlp_norm, RESIDUAL, NORMED, self._place(f"{name}.mlp_norm", "norm"))
         activation = ACTIVATIONS[self.spec.activation]
         epilogue = Epilogue.GATED if layer.gated else Epilogue.ACTIVATE
         out = self._first(INNER)
-        self._add(Kind.MULTIPLY, NORMED, out, weight=up, epilogue=epilogue, activation=activation)
+        self._multiply(f"{name}.up", layer.up, NORMED, out, epilogue, activation)
         self._narrow(INNER)
-        self._add(Kind.MULTIPLY, INNER, RESIDUAL, weight=self._weight(layer.down), epilogue=Epilogue.ADD)
+        self._multiply(f"{name}.down", layer.down, INNER, RESIDUAL, Epilogue.ADD)
         self._add(Kind.PROGRESS, RESIDUAL, RESIDUAL)
+
+    def _multiply(
+        self,
+        name: str,
+        module: Weights,
+        in_: int,
+        out: int,
+        epilogue: Epilogue = Epilogue.STORE,
+        activation: int = 0,
+    ) -> None:
+        """A product that adapters may change."""
+        gated = epilogue is Epilogue.GATED
+        place = self._place(name, "linear", module.weight.shape[0], gated)
+        self._add(Kind.SHRINK, in_, in_, adapted=place)
+        weight = self._weight(module, gated=gated)
+        self._add(
+            Kind.MULTIPLY, in_, out, weight=weight, epilogue=epilogue, activation=activation, adapted=place
+        )
+
+    def _place(self, name: str, kind: str, rows: int = 0, gated: bool = False) -> int:
+        self._places[name] = Place(len(self._places), kind, rows, gated)
+        return self._places[name].number
 
     # ---- steps ----
 
@@ -142,6 +170,7 @@ class NativeTransformer(Compiled):
             angles = positions.to(torch.float32)[:, None] * self._rope
             cos, sin = angles.cos(), angles.sin()
             step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
+        self._tell_adapters(step, rows)
         told = Progress(on_layer) if on_layer is not None and rows >= PROGRESS_ROWS else Progress()
         if on_attention is not None:
             told = Progress(self._attention_told(rows, on_attention, on_layer))
@@ -178,15 +207,64 @@ class NativeTransformer(Compiled):
 
     def _product(self, hidden: Tensor, number: int) -> Tensor:
         hidden = hidden.contiguous()
-        weight = self._weights[number]
+        weight, adapters = self._weights[number], self._adapters
+        adapted = number == self._head and adapters.head_numbers.numel() > 0
         out = torch.empty((hidden.shape[0], weight.rows))
         for begin in range(0, hidden.shape[0], HEAD_ROWS):
             rows = torch.arange(begin, min(begin + HEAD_ROWS, hidden.shape[0]))
             # Between steps the buffer of the normed rows is free.
             self._library.put_rows(self._c_buffers[NORMED], hidden, rows)
             part = out[begin : begin + rows.numel()]
-            self._library.multiply(self._c_buffers[NORMED], weight, part, self._threads)
+            if not adapted:
+                self._library.multiply(self._c_buffers[NORMED], weight, part, self._threads)
+                continue
+            numbers, room = adapters.head_numbers[begin : begin + rows.numel()], adapters.rows(rows.numel())
+            self._library.multiply(
+                self._c_buffers[NORMED], weight, part, self._threads, adapters.head_table, numbers, room
+            )
+        if adapted:
+            adapters.multiply_own_heads(self._c_buffers[NORMED], hidden, out)
         return out
+
+    # ---- adapters ----
+
+    @property
+    def adapter_base(self) -> AdapterBase:
+        if self._base is None:
+            raise ValueError("the model was not loaded from a checkpoint")
+        return self._base
+
+    def prepare_adapters(self, adapters: Sequence[Adapter]) -> PreparedAdapters:
+        """See `adapters.AdapterSet`. Raises CheckpointError for what the kernel does not do."""
+        rows = self._weights[self._head].rows
+        made = NativeAdapters(adapters, self._places, rows, self._library, self.precision.head, self._threads)
+        return PreparedAdapters(self, made)
+
+    def install_adapters(self, adapters: NativeAdapters) -> None:
+        self._adapters = adapters
+
+    def _tell_adapters(self, step: CStep, rows: int) -> None:
+        """Of a step of so many rows, its rows' adapters."""
+        adapters, program = self._adapters, self._program
+        if adapters.numbers.numel() != rows:
+            assert not adapters.numbers.numel(), "a step of other rows than were selected"
+            return
+        program.adapted = adapters.table
+        program.num_adapters = adapters.count
+        program.shrunk, program.shrunk_stride = adapters.rows(rows).data_ptr(), adapters.width
+        step.adapters = adapters.numbers.data_ptr()
+
+
+class PreparedAdapters:
+    """As `adapters.Installed`: `NativeAdapters` of a model that may have others still."""
+
+    def __init__(self, model: NativeTransformer, adapters: NativeAdapters) -> None:
+        self._model = model
+        self._adapters = adapters
+        self.begin, self.begin_head = adapters.begin, adapters.begin_head
+
+    def install(self) -> None:
+        self._model.install_adapters(self._adapters)
 
 
 # Of what a spec may say beside a Llama or GPT-2 block, what the kernel does.

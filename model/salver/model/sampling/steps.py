@@ -85,8 +85,7 @@ def _allowed(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def _grammar(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    masks = np.stack([row.mask for row in rows if row.mask is not None])
-    excluded = np.unpackbits(~masks, axis=1, bitorder="little")[:, : logits.shape[1]].view(np.bool_)
+    excluded = np.stack([row.mask[: logits.shape[1]] for row in rows if row.mask is not None])
     known = excluded.shape[1]
     logits[:, :known].masked_fill_(on_device(torch.from_numpy(excluded), logits.device), float("-inf"))
     logits[:, known:] = float("-inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from salver.model.adapters import AdapterSet
 from salver.model.encoder import Encoder, EncoderBatch, Masks, SelfAttention, build_encoder_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.readouts import Dense, put_attention, read_states
@@ -34,8 +36,11 @@ class EncoderRunner:
         row_multiple: int,
         dense: Dense | None = None,
         on_progress: Callable[[], None] | None = None,
+        adapters: AdapterSet | None = None,
     ) -> None:
+        """Without `adapters`, no request may have one."""
         self.model = model
+        self.adapters = adapters
         self.row_multiple = row_multiple
         self.device = model.device
         self._dense = dense
@@ -57,6 +62,13 @@ class EncoderRunner:
         items = [schedule.scheduled[i] for i in order]
         begin = time.perf_counter()
         batch = self._batch([item.token_ids for item in items], [_encoding(item).segments for item in items])
+        if self.adapters is not None:
+            self.adapters.select(
+                [
+                    (item.sequence.request.adapter, range(*bounds))
+                    for item, bounds in zip(items, itertools.pairwise(batch.cu_seqlens), strict=True)
+                ]
+            )
         weights: dict[int, list[Tensor]] = {
             i: [] for i, item in enumerate(items) if _encoding(item).readout is Readout.ATTENTION
         }
@@ -93,13 +105,18 @@ class EncoderRunner:
                 read_states(items[i], rows[bounds[i] : bounds[i + 1]], results[i], self._dense)
         scored = [i for i, item in enumerate(items) if _encoding(item).readout is Readout.SCORES]
         if scored:
-            self._read_scores(scored, bounds, hidden, results)
+            self._read_scores(scored, items, bounds, hidden, results)
         for i, item in enumerate(items):
             if _encoding(item).readout is Readout.CANDIDATES:
-                self._read_candidates(_encoding(item), hidden[bounds[i] : bounds[i + 1]], results[i])
+                self._read_candidates(item, hidden[bounds[i] : bounds[i + 1]], results[i])
 
     def _read_scores(
-        self, scored: list[int], bounds: list[int], hidden: Tensor, results: list[RowResult]
+        self,
+        scored: list[int],
+        items: list[Scheduled],
+        bounds: list[int],
+        hidden: Tensor,
+        results: list[RowResult],
     ) -> None:
         """The head's answers of all inputs by one product."""
         head = self.model.spec.head
@@ -107,7 +124,10 @@ class EncoderRunner:
         parts = [hidden[bounds[i] : bounds[i + 1]] for i in scored]
         if head.reads == "input":
             parts = [part[:1] if head.pooling == "cls" else part.mean(0, keepdim=True) for part in parts]
-        found = self._scores(torch.cat(parts)).cpu().numpy()
+        names = [
+            items[i].sequence.request.adapter for i, part in zip(scored, parts, strict=True) for _ in part
+        ]
+        found = self._scores(torch.cat(parts), names).cpu().numpy()
         first = 0
         for i, part in zip(scored, parts, strict=True):
             rows = found[first : first + len(part)]
@@ -117,13 +137,14 @@ class EncoderRunner:
             else:
                 results[i].arrays = (rows[0] if head.reads == "input" else rows,)
 
-    def _read_candidates(self, encoding: EncodingParams, hidden: Tensor, result: RowResult) -> None:
+    def _read_candidates(self, item: Scheduled, hidden: Tensor, result: RowResult) -> None:
         """The most probable tokens at the positions asked for, by the vocabulary head."""
+        encoding, adapter = _encoding(item), item.sequence.request.adapter
         targets = torch.tensor(encoding.targets, dtype=torch.int64, device=self.device)
         ids, values, wanted = [], [], []
         for begin in range(0, len(encoding.positions), CANDIDATE_ROWS):
             rows = list(encoding.positions[begin : begin + CANDIDATE_ROWS])
-            logprobs = self._scores(hidden[rows]).log_softmax(dim=-1)
+            logprobs = self._scores(hidden[rows], [adapter] * len(rows)).log_softmax(dim=-1)
             if not bool(torch.isfinite(logprobs).any(dim=-1).all()):
                 result.error = "the head's logits are not numbers"
                 return
@@ -134,8 +155,10 @@ class EncoderRunner:
             wanted.append(logprobs[:, targets])
         result.arrays = tuple(torch.cat(parts).cpu().numpy() for parts in (ids, values, wanted))
 
-    def _scores(self, rows: Tensor) -> Tensor:
-        """[R, head.size] of hidden rows, padded for the product."""
+    def _scores(self, rows: Tensor, names: list[str]) -> Tensor:
+        """[R, head.size] of hidden rows under the adapters of these names, padded for the product."""
+        if self.adapters is not None:
+            self.adapters.select_heads(names)
         padding = -len(rows) % self.row_multiple
         padded = torch.cat((rows, rows.new_zeros((padding, rows.shape[1])))) if padding else rows
         return self.model.scores(padded)[: len(rows)]

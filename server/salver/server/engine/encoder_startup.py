@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from salver.model.adapters import AdapterSet
 from salver.model.encoder import Encoder
 from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_loader import load_encoder
@@ -31,7 +32,9 @@ from salver.server.engine.startup import (
     PhaseTimer,
     StartError,
     describe,
+    facts_of,
     find_device,
+    load_adapters,
     load_dense,
     start_engine,
     use_threads,
@@ -77,6 +80,9 @@ def start_encoder(
     model, dense = _load(config, spec, device), load_dense(config, spec.hidden_size)
     parameters, dtype, loaded = model.num_parameters(), model.dtype, model.loaded
     timer.done("load weights")
+    loaded_adapters, lost = load_adapters(config, model)
+    if config.adapters:
+        timer.done("load adapters")
     computing, kernels = use_kernels(config, model, threads)
     native = kernels == "native"
     timer.done("pack weights" if native else "choose kernels")
@@ -86,7 +92,12 @@ def start_encoder(
     max_model_len = config.max_model_len or spec.max_input_tokens
     if max_model_len > spec.max_input_tokens:
         raise StartError(f"--max-model-len {max_model_len}: the model reads at most {spec.max_input_tokens}")
-    runner = EncoderRunner(computing, row_multiple=multiple, dense=dense, on_progress=page.bump)
+    adapters = None
+    if config.adapters or config.more_adapters:
+        adapters = AdapterSet(model, loaded_adapters, multiple)
+    runner = EncoderRunner(
+        computing, row_multiple=multiple, dense=dense, on_progress=page.bump, adapters=adapters
+    )
     max_num_seqs = config.max_num_seqs or MAX_INPUTS
     speed = _speed(runner, max_model_len)
     budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs, device)
@@ -113,6 +124,8 @@ def start_encoder(
     ready = describe(
         config, limits, device, dtype, threads=threads, multiple=multiple, kernels=kernels,
         num_parameters=parameters, phases=phases, measured=measured,
+        adapters=() if adapters is None else tuple(facts_of(*item) for item in adapters.adapters.items()),
+        lost_adapters=lost,
     )  # fmt: skip
     # The front sees the null block alone: there is no cache.
     return EngineCore(runner, limits, clock=time.monotonic), replace(ready, num_blocks=1)
@@ -124,9 +137,6 @@ def _refuse_flags(config: EngineConfig) -> None:
         raise StartError("--kv-cache-memory: an encoder has no key-value cache")
     if config.tensor_parallel_size > 1:
         raise StartError("--tensor-parallel-size: not implemented for encoders")
-    if config.adapters or config.more_adapters:
-        flag = "--adapter" if config.adapters else "--adapter-root"
-        raise StartError(f"{flag}: not implemented for encoders")
     if config.speculation == "draft":
         raise StartError("--speculative-model: an encoder generates nothing")
 
@@ -160,6 +170,8 @@ def use_kernels(config: EngineConfig, model: Encoder, threads: int) -> tuple[Enc
             raise StartError(f"--quantization {config.quantization}: it needs --kernels native or auto")
         return model, "torch"
     try:
+        if config.adapters or config.more_adapters:
+            raise KernelUnavailable("it does not do adapters of encoders")
         if not config.kernel_library:
             raise KernelUnavailable(config.no_kernel or "it is for the CPU")
         from salver.model.kernels.encoder_program import NativeEncoder, unsupported

@@ -13,18 +13,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Values
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par_with_draft_tokens
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 
 from salver.model.errors import CheckpointError
 from salver.model.tokenizer import Tokenizer
 from salver.server.engine.sequence import Sequence
 
-Mask = npt.NDArray[np.uint8]  # [rows, bytes], a bit for each token, lowest bit first
+Mask = npt.NDArray[np.bool_]  # [rows, tokens]: True for a token that may not follow
 
 CACHED_GRAMMARS = 64
 # A mask takes at most a few milliseconds, a compilation a few tens.
@@ -90,6 +91,7 @@ class Grammars:
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._executor = LLExecutor(1)  # the device's threads have the other processors
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     def warm(self) -> LLTokenizer:
         """Loads the vocabulary, once; from any thread."""
@@ -107,38 +109,56 @@ class Grammars:
 
         threading.Thread(target=work, daemon=True, name="vocabulary").start()
 
-    def masks(self, wanted: Values[tuple[Sequence, tuple[int, ...]]]) -> list[Mask | None]:
-        """For each sequence and its drafts the tokens that may follow, and those that may after each draft.
+    def begin(self, wanted: Values[tuple[Sequence, tuple[int, ...]]]) -> Future[list[Mask | None]]:
+        """`masks` in a thread: while the model computes, and neither knows the other's outcome.
 
-        uint8 [1 + drafts, bytes] each, a bit for a token; None without a grammar. Rows behind a draft that
-        the grammar does not allow say nothing. No token may follow where the grammar was too much
-        for its limits, or the tokens so far don't follow it.
+        Until it is done nobody may ask for more of these sequences, or add to their tokens.
+        """
+        if any(sequence.request.grammar for sequence, _ in wanted):
+            return self._thread.submit(self.masks, wanted)
+        nothing: Future[list[Mask | None]] = Future()
+        nothing.set_result([None] * len(wanted))
+        return nothing
+
+    def masks(self, wanted: Values[tuple[Sequence, tuple[int, ...]]]) -> list[Mask | None]:
+        """For each sequence and its drafts the tokens that may not follow, and not after each draft.
+
+        [1 + drafts, at least the vocabulary] each; None without a grammar. Rows behind a draft that the
+        grammar does not allow say nothing. No token may follow where the grammar was too much for its
+        limits, or the tokens so far don't follow it.
         """
         found: list[Mask | None] = [None] * len(wanted)
         concerned = [i for i, (sequence, _) in enumerate(wanted) if sequence.request.grammar]
         if not concerned:
             return found
         width = -(-self.warm().vocab_size // 32)
-        rows = sum(1 + len(wanted[i][1]) for i in concerned)
-        masks = np.zeros((rows, width), dtype=np.int32)
-        row = 0
+        matchers, first_rows, rows = [], [], 0
         for i in concerned:
-            sequence, draft = wanted[i]
-            self._fill(self._matcher(sequence), masks[row : row + 1 + len(draft)], draft)
-            found[i] = masks[row : row + 1 + len(draft)].view(np.uint8)
-            row += 1 + len(draft)
+            matchers.append(self._matcher(wanted[i][0]))
+            first_rows.append(rows)
+            rows += 1 + len(wanted[i][1])
+        masks = np.zeros((rows, width), dtype=np.int32)
+        sound = [k for k, matcher in enumerate(matchers) if not matcher.is_error()]
+        self._fill([(matchers[k], first_rows[k], wanted[concerned[k]][1]) for k in sound], masks)
+        ends = [*first_rows[1:], rows]
+        for matcher, first, end in zip(matchers, first_rows, ends, strict=True):
+            if matcher.is_error():  # the library says then that the end may follow
+                masks[first:end] = 0
+        excluded = np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
+        for i, first, end in zip(concerned, first_rows, ends, strict=True):
+            found[i] = excluded[first:end]
         return found
 
-    def _fill(self, matcher: LLMatcher, masks: npt.NDArray[np.int32], draft: tuple[int, ...]) -> None:
-        """masks: zeros [1 + drafts, words]. Leaves the matcher where it is."""
-        if matcher.is_error():
-            return
-        if draft:
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, [(matcher, 0, list(draft))], masks)
-        else:
-            fill_next_token_bitmask(matcher, masks)
-        if matcher.is_error():  # the library says then that the end may follow
-            masks[:] = 0
+    def _fill(
+        self, wanted: Values[tuple[LLMatcher, int, tuple[int, ...]]], masks: npt.NDArray[np.int32]
+    ) -> None:
+        """Of matchers, with their first rows and drafts. Leaves them where they are."""
+        drafted = [(matcher, row, list(draft)) for matcher, row, draft in wanted if draft]
+        plain = [(matcher, row) for matcher, row, draft in wanted if not draft]
+        if plain:
+            fill_next_token_bitmask_par(self._executor, plain, masks)
+        if drafted:
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, masks)
 
     def _matcher(self, sequence: Sequence) -> LLMatcher:
         """The sequence's own, moved on to its newest token."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -112,24 +114,28 @@ class ModelRunner:
             for rows in observed.values():
                 rows.take(layer, query, key, scoring)
 
-        model_begin = time.perf_counter()
-        if self._sources is not None:
-            self._sources.read(schedule.scheduled)
-            self._sources.attach(batch.attention, schedule.scheduled)
-        hidden = self._forward(batch, observe if observed else None)
         sampling = [i for i, item in enumerate(schedule.scheduled) if item.samples]
         beams = [i for i in sampling if schedule.scheduled[i].sequence.request.beams is not None]
         sampling = [i for i in sampling if schedule.scheduled[i].sequence.request.beams is None]
+        masks = self._begin_masks([schedule.scheduled[i] for i in sampling])
+        model_begin = time.perf_counter()
         ends = batch.attention.cu_seqlens_q
         rows = [
             row
             for i in (*sampling, *beams)
             for row in range(ends[i + 1] - 1 - len(schedule.scheduled[i].draft), ends[i + 1])
         ]
-        logits = self.logits(hidden, rows)
+        try:
+            if self._sources is not None:
+                self._sources.read(schedule.scheduled)
+                self._sources.attach(batch.attention, schedule.scheduled)
+            hidden = self._forward(batch, observe if observed else None)
+            logits = self.logits(hidden, rows)
+        finally:
+            wait([masks])  # it works on sequences that a failed step's halves need again
         model_duration = time.perf_counter() - model_begin
         num_beams = len(beams)
-        self._sample(schedule, sampling, logits[: len(rows) - num_beams], results)
+        self._sample(schedule, sampling, logits[: len(rows) - num_beams], masks.result(), results)
         if beams:
             self._offer(schedule, beams, logits[len(rows) - num_beams :], results)
         for i, (item, first_row) in enumerate(zip(schedule.scheduled, batch.first_rows, strict=True)):
@@ -169,7 +175,8 @@ class ModelRunner:
     ) -> None:
         """What `encoding` asks for of the part's rows."""
         if encoding.readout is Readout.SCORES:
-            read_scores(item, self.model.spec, hidden, first_row, self._classify, result)
+            classify = partial(self._classify, item.sequence.request.adapter)
+            read_scores(item, self.model.spec, hidden, first_row, classify, result)
         elif encoding.readout is not Readout.DISTRIBUTION:
             states = hidden[first_row : first_row + item.num_tokens].float().cpu().numpy().copy()
             read_states(item, states, result, self._dense)
@@ -187,18 +194,35 @@ class ModelRunner:
         if not rows:
             return hidden.new_empty((0, self.model.spec.vocab_size), dtype=torch.float32)
         padded = rows + [0] * (-len(rows) % self.row_multiple)
+        if self.adapters is not None:
+            self.adapters.select_head(padded)
         index = tensor_on(self.device, padded, torch.int64)
         return self.model.logits(hidden.index_select(0, index))[: len(rows)]
 
-    def _classify(self, rows: Tensor) -> Tensor:
-        """float32 [R, labels] of hidden rows, padded for the product."""
+    def _classify(self, adapter: str, rows: Tensor) -> Tensor:
+        """float32 [R, labels] of hidden rows under an adapter, padded for the product."""
         padding = -len(rows) % self.row_multiple
         padded = torch.cat((rows, rows.new_zeros((padding, rows.shape[1])))) if padding else rows
+        if self.adapters is not None:
+            self.adapters.select_heads([adapter] * len(padded))
         assert isinstance(self.model, Classifying)
         return self.model.classify(padded)[: len(rows)]
 
+    def _begin_masks(self, items: list[Scheduled]) -> Future[list[Mask | None]]:
+        """What the grammars allow after each of these, begun beside the model."""
+        if self.grammars is not None:
+            return self.grammars.begin([(item.sequence, item.draft) for item in items])
+        nothing: Future[list[Mask | None]] = Future()
+        nothing.set_result([None] * len(items))
+        return nothing
+
     def _sample(
-        self, schedule: Schedule, sampling: list[int], logits: Tensor, results: list[RowResult]
+        self,
+        schedule: Schedule,
+        sampling: list[int],
+        logits: Tensor,
+        masks: list[Mask | None],
+        results: list[RowResult],
     ) -> None:
         """Chooses a token after each sequence's newest one and after each of its drafts, [R] rows in all.
 
@@ -207,9 +231,6 @@ class ModelRunner:
         if not sampling:
             return
         items = [schedule.scheduled[i] for i in sampling]
-        masks: list[Mask | None] = [None] * len(items)
-        if self.grammars is not None:
-            masks = self.grammars.masks([(item.sequence, item.draft) for item in items])
         chosen = sample(
             logits,
             [

@@ -10,11 +10,12 @@ from typing import cast
 
 import torch
 
-from salver.model.adapters import Adapter, AdapterSet, load_adapter
+from salver.model.adapters import Adapter, AdapterBase, AdapterSet, load_adapter
 from salver.model.cache import KVCache
 from salver.model.checkpoint import weights_digest
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
+from salver.model.encoder import Encoder
 from salver.model.errors import CheckpointError
 from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
@@ -91,8 +92,11 @@ def start_engine(
     except (MemoryError, RuntimeError) as error:
         raise StartError(f"--kv-cache-memory: the cache could not be allocated: {error}") from error
     timer.done("allocate cache")
+    loaded_adapters, lost = load_adapters(config, model)
+    if config.adapters:
+        timer.done("load adapters")
     if parallel is None:
-        decoder, kernels = decoder_of(config, model, cache, threads)
+        decoder, kernels = decoder_of(config, model, cache, threads, tuple(loaded_adapters.values()))
     else:
         decoder, kernels = parallel, f"torch ({config.tensor_parallel_size} ranks)"
     native = kernels == "native"
@@ -104,9 +108,9 @@ def start_engine(
     if group is not None:
         group.send(PadExperts(multiple))
     timer.done("probe numerics")
-    adapters, lost = load_adapters(config, model, multiple)
-    if config.adapters:
-        timer.done("load adapters")
+    adapters = None
+    if config.adapters or config.more_adapters:
+        adapters = AdapterSet(decoder, loaded_adapters, multiple)
     grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
     runner = LaunchingModelRunner(
         decoder,
@@ -262,7 +266,9 @@ def _load(
 
 
 def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
-    """What is not implemented for encoder-decoders. Raises StartError."""
+    """What is not implemented for several ranks and for encoder-decoders. Raises StartError."""
+    if config.tensor_parallel_size > 1 and (config.adapters or config.more_adapters):
+        raise StartError("--tensor-parallel-size: not implemented with adapters")
     if spec.encoder is None:
         return
     if config.adapters or config.more_adapters:
@@ -276,27 +282,26 @@ def facts_of(key: str, adapter: Adapter) -> AdapterFacts:
 
 
 def load_adapters(
-    config: EngineConfig, model: Transformer, multiple: int
-) -> tuple[AdapterSet | None, tuple[tuple[str, str], ...]]:
+    config: EngineConfig, model: Transformer | Encoder
+) -> tuple[dict[str, Adapter], tuple[tuple[str, str], ...]]:
     """The adapters, and keys of those that were there before and cannot be had again, with the reason.
 
     Raises StartError for a bad one that was never there.
     """
-    if not config.adapters and not config.more_adapters:
-        return None, ()
     loaded, lost = {}, []
+    base = AdapterBase.of(model)
     for source in config.adapters:
         try:
-            loaded[source.key] = read_adapter(source, model)
+            loaded[source.key] = read_adapter(source, base)
         except CheckpointError as error:
             if not source.digest:
                 name = source.key.rpartition("@")[0]
                 raise StartError(f"--adapter {name}: {error}") from error
             lost.append((source.key, str(error)))
-    return AdapterSet(model, loaded, multiple), tuple(lost)
+    return loaded, tuple(lost)
 
 
-def read_adapter(source: AdapterSource, model: Transformer) -> Adapter:
+def read_adapter(source: AdapterSource, model: object) -> Adapter:
     """Raises CheckpointError: also for other files than its digest is of."""
     adapter = load_adapter(Path(source.directory), model)
     if source.digest not in ("", adapter.digest):
@@ -395,7 +400,13 @@ def use_threads(config: EngineConfig) -> int:
     return threads
 
 
-def decoder_of(config: EngineConfig, model: Transformer, cache: KVCache, threads: int) -> tuple[Decoder, str]:
+def decoder_of(
+    config: EngineConfig,
+    model: Transformer,
+    cache: KVCache,
+    threads: int,
+    adapters: tuple[Adapter, ...] = (),
+) -> tuple[Decoder, str]:
     """What computes the steps, and its name: "native", or "torch" and why. Raises StartError."""
     quantized = config.quantization != "none"
     if model.device.type == "cuda":
@@ -410,10 +421,14 @@ def decoder_of(config: EngineConfig, model: Transformer, cache: KVCache, threads
         if not config.kernel_library:
             raise KernelUnavailable(config.no_kernel or "it is for the CPU")
         # Not before it is wanted: a start with torch alone shall not pay for it.
+        from salver.model.kernels.adapters import unsupported
         from salver.model.kernels.library import Library, Precision
         from salver.model.kernels.program import NativeTransformer
         from salver.model.kernels.seq2seq import NativeSeq2Seq
 
+        for adapter in adapters:
+            if (reason := unsupported(adapter)) is not None:
+                raise KernelUnavailable(f"it does not do {reason} in an adapter")
         library = Library(Path(config.kernel_library))
         precision = Precision.FLOAT32 if model.dtype == torch.float32 else Precision.BFLOAT16
         if quantized:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from salver.model.encoder import Encoder
 from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_loader import load_encoder
 from salver.model.encoder_spec import EncoderSpec
@@ -44,8 +45,8 @@ class UnsupportedChange(Exception):
 class StagedWeights:
     """`base` is what adapters are read for, `model` what computes them once `install` is called."""
 
-    base: nn.Module
-    model: Decoder | NativeEncoder | nn.Module
+    base: Transformer | Encoder
+    model: Decoder | NativeEncoder | Encoder
     install: Callable[[], None]
 
 
@@ -68,10 +69,12 @@ def stage_decoder(runner: ModelRunner, config: EngineConfig, directory: Path, th
                 for own, new in zip(live.stored(), staged.stored(), strict=True):
                     own.copy_(new)
                     runner.progress()
+            live.checkpoint = staged.checkpoint
             torch.cuda.synchronize(live.device)
 
         return StagedWeights(staged, live, copy)
-    decoder, _ = decoder_of(config, staged, runner.cache, threads)
+    adapters = () if runner.adapters is None else tuple(runner.adapters.adapters.values())
+    decoder, _ = decoder_of(config, staged, runner.cache, threads, adapters)
 
     def replace() -> None:
         runner.replace_model(decoder)

@@ -47,6 +47,7 @@ struct Step {
     const float* local_sin;
     const Step* source;               // of an encoder-decoder: every row as a sequence of one query at the end of
                                       // its source; or null
+    const std::int32_t* adapters;     // [num_rows] numbers, -1 for none; null: no row has one
 };
 
 struct CacheShape {

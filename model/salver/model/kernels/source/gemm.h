@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "adapters.h"
 #include "simd.h"
 
 namespace salver {
@@ -115,6 +116,7 @@ struct Epilogue {
     std::ptrdiff_t out_stride;  // elements
     int columns;         // of the output: N, or N / 2 when gated
     const float* bias;   // [N] in panel order, or null
+    ProductAdapters adapters;
 
     template <typename Out>
     void put(Out* row, int column, __m512 value) const {
@@ -122,9 +124,16 @@ struct Epilogue {
     }
 
     void apply(int row, int panel, __m512 first, __m512 second) const {
-        if (bias != nullptr) {
-            first = _mm512_add_ps(first, _mm512_loadu_ps(bias + panel * PANEL));
-            second = _mm512_add_ps(second, _mm512_loadu_ps(bias + panel * PANEL + LANES));
+        const float* own_bias = bias;
+        if (const Adapted* own = adapters.own(row); own != nullptr) {
+            __m512 low = first, high = second;
+            adapt(adapters, *own, row, panel, low, high, own_bias);
+            first = low;
+            second = high;
+        }
+        if (own_bias != nullptr) {
+            first = _mm512_add_ps(first, _mm512_loadu_ps(own_bias + panel * PANEL));
+            second = _mm512_add_ps(second, _mm512_loadu_ps(own_bias + panel * PANEL + LANES));
         }
         if (kind == ADD) {
             float* to = static_cast<float*>(out) + row * out_stride;

@@ -23,7 +23,7 @@ namespace {
 enum Precision : std::int32_t { FLOAT = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum Kind : std::int32_t {
     EMBED = 0, RMS_NORM = 1, LAYER_NORM = 2, MULTIPLY = 3, ROTATE_AND_STORE = 4, ATTEND = 5, QUANTIZE = 6, PROGRESS = 7,
-    ADD_SEGMENTS = 8, ROTATE = 9, ATTEND_WHOLE = 10, ATTEND_SOURCE = 11
+    ADD_SEGMENTS = 8, ROTATE = 9, ATTEND_WHOLE = 10, ATTEND_SOURCE = 11, SHRINK = 12
 };
 
 // A matrix of activations with one row for each row of the step.
@@ -59,6 +59,7 @@ struct Operation {
     const float* scale;        // norms; attention: the bias, or null
     const float* shift;        // LAYER_NORM
     float epsilon;             // norms; EMBED: what the embeddings are multiplied by, 0 for nothing
+    std::int32_t adapted;      // which of the places that adapters change, or -1
 };
 
 struct Program {
@@ -69,6 +70,10 @@ struct Program {
     const Buffer* buffers;
     const Weight* weights;
     CacheShape cache;
+    const Adapted* adapted;    // [places, num_adapters]
+    std::int32_t num_adapters;
+    float* shrunk;             // [rows, shrunk_stride]
+    std::int64_t shrunk_stride;
 };
 
 // Threads meet here. They spin for a moment, since operations are short; then they sleep, which frees the
@@ -208,7 +213,33 @@ void read_row(const Weight& w, std::int64_t index, float* out, bool add) {
     }
 }
 
-void norm_row(const Operation& op, const float* x, int width, float* out) {
+// The row as floats, in `room` where it is kept otherwise.
+const float* floats_of(const Buffer& from, int row, float* room) {
+    if (from.precision == FLOAT) return floats(from, row);
+    if (from.precision == BF16) {
+        const bf16* x = static_cast<const bf16*>(from.data) + row * from.stride;
+        for (int i = 0; i < from.width; i += LANES) {
+            const __mmask16 mask = tail_mask(from.width - i);
+            store(room + i, load_bf16(x + i, mask), mask);
+        }
+        return room;
+    }
+    const std::int8_t* x = static_cast<const std::int8_t*>(from.data) + row * from.stride;
+    const float* scale = from.group_scale + row;
+    for (int begin = 0; begin < from.width; begin += from.group, scale += from.scale_stride) {
+        const int end = std::min(from.width, begin + from.group);
+        for (int i = begin; i < end; i += LANES) {
+            const __mmask16 mask = tail_mask(end - i);
+            const __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, x + i)));
+            store(room + i, _mm512_mul_ps(value, _mm512_set1_ps(*scale)), mask);
+        }
+    }
+    return room;
+}
+
+void norm_row(const Operation& op, const Adapted* own, const float* x, int width, float* out) {
+    const float* scale = own != nullptr && own->scale != nullptr ? own->scale : op.scale;
+    const float* shift = own != nullptr && own->bias != nullptr ? own->bias : op.shift;
     __m512 sum = _mm512_setzero_ps();
     float mean = 0;
     if (op.kind == LAYER_NORM) {
@@ -226,8 +257,8 @@ void norm_row(const Operation& op, const float* x, int width, float* out) {
     for (int i = 0; i < width; i += LANES) {
         const __mmask16 mask = tail_mask(width - i);
         __m512 y = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(mean));
-        y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(inverse)), _mm512_maskz_loadu_ps(mask, op.scale + i));
-        if (op.shift != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, op.shift + i));
+        y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(inverse)), _mm512_maskz_loadu_ps(mask, scale + i));
+        if (shift != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, shift + i));
         store(out + i, y, mask);
     }
 }
@@ -278,6 +309,8 @@ void run_product(const Gemm& g, const Buffer& in, Multiply multiply, int threads
     }
 }
 
+constexpr int MAX_WIDTH = 32768;
+
 struct Team {
     const Program& program;
     const Step& step;
@@ -288,9 +321,22 @@ struct Team {
     Dealer dealers[3];  // of operation i the one i % 3; the next one is cleared meanwhile
 };
 
-constexpr int CHUNK = 24;  // query rows of a piece of attention
-constexpr int MAX_WIDTH = 32768;
+// The adapters of an operation in this step.
+ProductAdapters adapters_of(const Program& p, const Step& step, const Operation& op) {
+    if (op.adapted < 0 || step.adapters == nullptr) return {};
+    return {p.adapted + static_cast<std::ptrdiff_t>(op.adapted) * p.num_adapters, step.adapters, p.shrunk, p.shrunk_stride};
+}
 
+void shrink_rows(const Buffer& in, const ProductAdapters& adapters, float* out, int begin, int end) {
+    alignas(64) float room[MAX_WIDTH];
+    for (int row = begin; row < end; row++) {
+        const Adapted* own = adapters.own(row);
+        if (own != nullptr && own->rank > 0)
+            shrink_row(floats_of(in, row, room), *own, in.width, out + row * adapters.stride);
+    }
+}
+
+constexpr int CHUNK = 24;  // query rows of a piece of attention
 template <typename T>
 void attend_all(const Program& p, const Step& step, const Operation& op, Dealer& dealer) {
     const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
@@ -327,10 +373,13 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
     const Step& step = team.step;
     const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
     const auto [begin, end] = part(step.num_rows, thread, team.threads);
+    const ProductAdapters adapters = adapters_of(p, step, op);
     switch (op.kind) {
         case EMBED:
             for (int row = begin; row < end; row++) {
                 read_row(p.weights[op.weight], step.token_ids[row], floats(out, row), false);
+                if (const Adapted* own = adapters.own(row); own != nullptr)
+                    adapt_embedding(*own, step.token_ids[row], out.width, floats(out, row));
                 if (op.epsilon != 0)
                     for (int i = 0; i < out.width; i++) floats(out, row)[i] *= op.epsilon;
                 if (op.extra >= 0) read_row(p.weights[op.extra], step.positions[row], floats(out, row), true);
@@ -340,7 +389,7 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
         case LAYER_NORM: {
             alignas(64) float normed[MAX_WIDTH];
             for (int row = begin; row < end; row++) {
-                norm_row(op, floats(in, row), in.width, normed);
+                norm_row(op, adapters.own(row), floats(in, row), in.width, normed);
                 put_row(out, row, normed);
             }
             break;
@@ -350,7 +399,7 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
             break;
         case MULTIPLY: {
             const Weight& w = p.weights[op.weight];
-            Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias};
+            Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias, adapters};
             e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
             run_product(product(w, in, e, step.num_rows), in, multiply_of(w, in), team.threads, dealer);
             break;
@@ -375,6 +424,9 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
             }
             break;
         }
+        case SHRINK:
+            shrink_rows(in, adapters, p.shrunk, begin, end);
+            break;
         case ATTEND_WHOLE:
             attend_whole_all(p, step, op, dealer);
             break;
@@ -399,11 +451,15 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
 void work(void* argument) {
     Team& team = *static_cast<Team*>(argument);
     const int thread = team.next_thread.fetch_add(1);
-    for (int i = 0; i < team.program.num_operations; i++) {
+    int i = 0;
+    for (int number = 0; number < team.program.num_operations; number++) {
+        const Operation& op = team.program.operations[number];
+        if (op.kind == SHRINK && team.step.adapters == nullptr) continue;
         // Nobody is at operation i + 1 before all have met after i, nor still at i - 2.
         if (thread == 0) team.dealers[(i + 1) % 3].clear();
-        run_operation(team, team.program.operations[i], thread, team.dealers[i % 3]);
+        run_operation(team, op, thread, team.dealers[i % 3]);
         team.barrier.wait();
+        i++;
     }
 }
 
@@ -411,12 +467,21 @@ struct HeadWork {
     Gemm gemm;
     const Buffer& in;
     Multiply multiply;
+    float* shrunk;
     int threads;
+    Barrier barrier;
+    std::atomic<int> next_thread{0};
     Dealer dealer;
 };
 
 void work_head(void* argument) {
     HeadWork& head = *static_cast<HeadWork*>(argument);
+    const ProductAdapters& adapters = head.gemm.epilogue.adapters;
+    if (adapters.numbers != nullptr) {
+        const auto [begin, end] = part(head.gemm.rows, head.next_thread.fetch_add(1), head.threads);
+        shrink_rows(head.in, adapters, head.shrunk, begin, end);
+        head.barrier.wait();
+    }
     run_product(head.gemm, head.in, head.multiply, head.threads, head.dealer);
 }
 
@@ -507,7 +572,7 @@ void in_parallel(void (*function)(void*), void* argument, int threads) {
 extern "C" {
 
 // Bumped with any change of the structures or of a result's bits.
-std::int32_t salver_version() { return 6; }
+std::int32_t salver_version() { return 7; }
 
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
@@ -516,10 +581,12 @@ void salver_run(const Program* program, const Step* step, std::int32_t threads, 
     in_parallel(work, &team, threads);
 }
 
-// float [rows, weight->rows] of rows of a buffer: the head.
-void salver_multiply(const Buffer* in, const Weight* weight, float* out, std::int32_t rows, std::int32_t threads) {
-    const Epilogue e{Epilogue::STORE, NONE, false, out, weight->rows, weight->rows, weight->bias};
-    HeadWork head{product(*weight, *in, e, rows), *in, multiply_of(*weight, *in), threads};
+// float [rows, weight->rows] of rows of a buffer: the head. `adapted` by the numbers that `adapters` gives the rows,
+// null where none has one; `shrunk` [rows, stride] is room for them.
+void salver_multiply(const Buffer* in, const Weight* weight, float* out, std::int32_t rows, std::int32_t threads,
+                     const Adapted* adapted, const std::int32_t* adapters, float* shrunk, std::int64_t stride) {
+    const Epilogue e{Epilogue::STORE, NONE, false, out, weight->rows, weight->rows, weight->bias, {adapted, adapters, shrunk, stride}};
+    HeadWork head{product(*weight, *in, e, rows), *in, multiply_of(*weight, *in), shrunk, threads, Barrier(threads)};
     in_parallel(work_head, &head, threads);
 }
 
