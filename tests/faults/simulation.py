@@ -181,7 +181,8 @@ class Simulation:
         beams = self._make_beams() if rng.random() < 0.2 else None
         if beams is not None:
             n = rng.randint(1, beams.num_beams)
-            most = beam_capacity(len(prompt), beams.num_beams, self.limits.num_blocks - 1, BLOCK)
+            blocks = self.limits.num_blocks - 1 - self.limits.max_source_len // BLOCK
+            most = beam_capacity(len(prompt), beams.num_beams, blocks, BLOCK)
             if most <= len(prompt):
                 prompt, most = prompt[: BLOCK - 1], BLOCK
             max_tokens = min(max_tokens, most - len(prompt))
@@ -276,7 +277,8 @@ class Simulation:
         for sequence in scheduler.unfinished():
             holds = bool(sequence.cross_table)
             reads = sequence in scheduler.running and self.reads_sources
-            check(holds == reads, "a source is held by who does not run, or missing to who does")
+            if sequence.request.beams is None or reads:  # beams have their blocks while they are held
+                check(holds == reads, "a source is held by who does not run, or missing to who does")
             call = self.calls[sequence.request.request_id]
             check(not call.ended, f"request {sequence.request.request_id} ended and holds something")
             check(sequence.request.deadline > begin, "a deadline has passed and the request goes on")
@@ -288,6 +290,10 @@ class Simulation:
         """What starts now was not younger, by as many intervals as it has levels more, than what waits."""
         for waiting in self.calls.values():
             if waiting.ended or waiting.started_at is not None:
+                continue
+            if (
+                waiting.request.deadline <= self.now
+            ):  # it was dropped in this step, which is told after starts
                 continue
             levels = first.request.priority - waiting.request.priority + 1
             younger = first.request.arrival - waiting.request.arrival

@@ -138,6 +138,7 @@ def expected_answers(item: EngineRequest) -> list[Answer]:
     """The same of a beam request: the search alone, without blocks, steps and neighbours."""
     assert item.beams is not None
     search = BeamSearch(item.beams, item.stopping)
+    before = [*item.source_token_ids, *item.prompt_token_ids]
     while not search.ended:
-        search.advance([next_candidates([*item.prompt_token_ids, *b.token_ids], item) for b in search.beams])
+        search.advance([next_candidates([*before, *beam.token_ids], item) for beam in search.beams])
     return search.answers
