@@ -46,7 +46,7 @@ def test_a_lost_block_is_seen_and_its_seed_named(monkeypatch: pytest.MonkeyPatch
 def test_a_neighbour_that_fails_for_anothers_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_fail(self: EngineCore, schedule: Schedule) -> StepResult:
         try:
-            return self._runner.execute(schedule)
+            return self.runner.execute(schedule)
         except OutOfMemory as error:
             return StepResult([RowResult(error=str(error), out_of_memory=True) for _ in schedule.scheduled])
 
