@@ -70,9 +70,11 @@ class SourceReader:
         batch.source = over_sources(batch, [[0]] * count, [1] * count)
 
     def measure(self, num_tokens: int) -> float:
-        """Seconds in which a source this long is read."""
+        """Seconds in which a source this long is read, or several where the encoder reads fewer at once."""
+        most, size = self._spec.max_input_tokens, self._cache.block_size
+        lengths = [min(most, num_tokens - begin) for begin in range(0, num_tokens, most)]
         begin = time.perf_counter()
-        self._encode([[0] * num_tokens], [[0] * -(-num_tokens // self._cache.block_size)])
+        self._encode([[0] * length for length in lengths], [[0] * -(-length // size) for length in lengths])
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         return time.perf_counter() - begin
