@@ -404,8 +404,6 @@ def test_a_gateway_sees_who_runs_with_what(tmp_path: Path) -> None:
         ("--admin-token-file t", "--admin-port"),
         ("--adapter-root .", "--admin-port"),
         ("--admin-port 0 --max-adapters 3", "--adapter-root"),
-        ("--admin-port 0 --adapter-root . --kernels native", "--kernels"),
-        ("--admin-port 0 --adapter-root . --quantization int8", "--quantization"),
         ("--admin-port 0 --admin-tls-key k", "--admin-tls-cert"),
         ("--admin-port 0 --admin-tls-client-ca k", "--admin-tls-cert"),
         ("--admin-port 50051", "--port"),

@@ -62,16 +62,13 @@ class Adapter:
         low_rank: by the name of our module, as "layers.0.qkv", "embed" or "head".
         replaced: whole tensors by the name of our parameter, as "final_norm.weight".
         digest: of the files, in hex.
+        rank: the largest of its modules', 0 without low-rank matrices.
     """
 
     low_rank: Mapping[str, LowRank]
     replaced: Mapping[str, Tensor]
     digest: str
-
-    @property
-    def rank(self) -> int:
-        """The largest of its low-rank matrices'; 0 without."""
-        return max((len(change.a) for change in self.low_rank.values()), default=0)
+    rank: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -171,7 +168,7 @@ def load_adapter(path: Path, model: object) -> Adapter:
         reader.add(module, found)
     reader.merge_latent()
     digest = hashlib.sha256(config_path.read_bytes() + file.path.read_bytes()).hexdigest()
-    return Adapter(reader.low_rank, reader.replaced, digest)
+    return Adapter(reader.low_rank, reader.replaced, digest, max(map(config.rank, modules), default=0))
 
 
 @dataclass
