@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -53,7 +54,12 @@ class FaultyRunner(LaunchingModelRunner):
         return result
 
     def _sample(
-        self, schedule: Schedule, sampling: list[int], logits: torch.Tensor, results: list[RowResult]
+        self,
+        schedule: Schedule,
+        sampling: list[int],
+        logits: torch.Tensor,
+        masks: list[Any],
+        results: list[RowResult],
     ) -> None:
         first_row = 0
         for item in (schedule.scheduled[i] for i in sampling):
@@ -61,7 +67,7 @@ class FaultyRunner(LaunchingModelRunner):
             if fault_of(item.sequence) == "nan":
                 logits[first_row:next_row] = float("nan")
             first_row = next_row
-        super()._sample(schedule, sampling, logits, results)
+        super()._sample(schedule, sampling, logits, masks, results)
 
 
 if __name__ == "__main__":
