@@ -111,11 +111,12 @@ class OverlappedCore(EngineCore):
 
     def _compute(self, schedule: Schedule, last: _Launched | None, begin: float) -> StepStats | None:
         """A step that needs the tokens of the last one. What ended with those is no longer in it."""
+        landed = None
         if last is not None:
-            self._land(last)
+            landed = self._land(last)
             schedule.scheduled = [item for item in schedule.scheduled if not item.sequence.finished]
         if not schedule.scheduled:
-            return None
+            return landed
         return self._took(schedule, self._execute(schedule), max(begin, self._landed_at))
 
     def _land(self, launched: _Launched) -> StepStats:
