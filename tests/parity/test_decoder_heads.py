@@ -57,7 +57,7 @@ def wanted(reference: Any, ids: list[int]) -> torch.Tensor:
 
 def load(directory: Path) -> Stack:
     stack = Stack(directory)
-    stack.read = stack.model.classify
+    stack.head = stack.model.classify
     return stack
 
 
@@ -90,7 +90,7 @@ def test_bodies_load(stem: str, tmp_path: Path) -> None:
     """Saved alone, so without the prefix of the language model."""
     reference = write(tmp_path, make(stem, "Model"))
     stack = Stack(tmp_path)
-    stack.read = lambda hidden: hidden
+    stack.head = lambda hidden: hidden
     (ids,) = random_prompts(VOCAB, [41])
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).last_hidden_state[0]

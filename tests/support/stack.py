@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -44,7 +44,7 @@ class Stack:
 
     def _hold(self, model: Decoder, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self.read = model.logits  # of hidden states; another head's in its place
+        self.head: Callable[[Tensor], Tensor] | None = None  # in the place of the one that gives logits
         self.block_size = cache.block_size
         self.free = list(range(1, cache.num_blocks))
         random.Random(0).shuffle(self.free)
@@ -105,7 +105,8 @@ class Stack:
             batch,
         )
         assert bool(torch.isfinite(hidden[bounds[-1] :]).all())
-        return [self.read(hidden[a:b]) for a, b in itertools.pairwise(bounds)]
+        head = self.head or self.model.logits
+        return [head(hidden[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def end(self, sequence: int) -> None:
         """Frees the sequence's blocks; what is in them stays."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .config_reader import read_json
 from .errors import CheckpointError
-from .onnx_weights import OnnxFile, onnx_file
 
 # Touched pages of a mapped file count as this process's memory until the file is closed.
 REOPEN_BYTES = 64 << 20
@@ -108,6 +107,9 @@ def open_weights(checkpoint: Path) -> dict[str, WeightFile]:
                     f"{checkpoint / part}: {tensor} is missing, which {index_path} says is there"
                 )
         return found
+    # Not before it is wanted: the others do without protobuf.
+    from .onnx_weights import OnnxFile, onnx_file
+
     exported = onnx_file(checkpoint)
     if exported is not None:
         onnx = OnnxFile(exported)

@@ -30,7 +30,6 @@ from salver.server.engine.batch import Batch, Part, build_batch
 from salver.server.engine.beam import Candidate, num_candidates
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
-from salver.server.engine.grammar import Grammars, Mask
 from salver.server.engine.graphs import DecodeGraphs
 from salver.server.engine.readouts import Dense, distribution_arrays, read_scores, read_states
 from salver.server.engine.request import EncodingParams, EngineRequest, Logprobs, Readout
