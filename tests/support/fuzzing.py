@@ -111,7 +111,7 @@ def messages(draw: st.DrawFn, descriptor: Descriptor, depth: int = 0, sane: bool
         if sane and field.message_type is None and _plausible(field) is None:
             continue
         unusual = field.message_type is not None and field.name not in USUAL_PARTS
-        if sane and unusual and draw(st.integers(0, 9)):
+        if sane and unusual and draw(st.integers(0, 19)):
             continue
         _fill(draw, message, field, depth, sane)
     return message
