@@ -119,6 +119,8 @@ def test_whatever_is_drawn_validates(
 ) -> None:
     answer = check({"form": "json_schema", "value": json.dumps(schema), "outputs": []}, grammars.warm())
     text = walk(grammars, tokenizer, answer["grammar"], random.Random(seed))
+    # RFC 3339 has a year 0, a leap year as 2000 was. Python's dates begin with 1.
+    text = text.replace('"0000-', '"2000-')
     jsonschema.validate(
         json.loads(text), schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
     )
