@@ -178,7 +178,7 @@ class Simulation:
             self.poisoned.add(request_id)
         prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 40))]  # few tokens: prefixes are shared
         max_tokens, n = rng.randint(1, 30), rng.choice([1, 1, 1, 2, 5])
-        beams = self._make_beams() if rng.random() < 0.2 else None
+        beams = self._make_beams() if rng.random() < 0.35 else None
         if beams is not None:
             n = rng.randint(1, beams.num_beams)
             blocks = self.limits.num_blocks - 1 - self.limits.max_source_len // BLOCK

@@ -15,10 +15,9 @@ def test_nothing_is_lost_in_a_few_hundred_runs() -> None:
     tried = simulate(seed=0, runs=300)
     for what in (
         *("cancels", "crashes", "preemptions", "died twice", "deadline", "memory", "error", "stop"),
-        "beam answers",
+        *("beam answers", "beam preemptions"),
     ):
         assert tried[what] > 20, f"the runs hardly tried {what}: {tried}"
-    assert tried["beam preemptions"] > 5, tried
 
 
 def test_a_source_that_is_kept_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
