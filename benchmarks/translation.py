@@ -167,7 +167,7 @@ def ctranslate2_of(checkpoint: Path, batch: int, compute: str = "float32") -> Tr
     shape = checkpoint.name
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint)
     vocabulary = _Vocabulary(shape)
-    spec = _MODEL_LOADERS[type(model.config).__name__]()(model, vocabulary)
+    spec = _MODEL_LOADERS[type(model.config).__name__](model, vocabulary)
     spec.validate()
     spec.optimize(quantization=None if compute == "float32" else compute)
     converted = checkpoint.parent / f"{shape}-{compute}"
@@ -241,7 +241,10 @@ def main() -> int:
                     continue
                 command = [sys.executable, __file__, "--child", engine, str(checkpoint)]
                 command += ["--repeats", str(args.repeats), "--batch", *map(str, args.batch)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    print(f"{shape}: {engine} failed (exit status {done.returncode})")
+                    continue
                 measured[engine] = json.loads(done.stdout.splitlines()[-1])
             for batch in map(str, args.batch):
                 base = measured.get("transformers", {}).get(batch)

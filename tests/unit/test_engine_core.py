@@ -195,13 +195,15 @@ def rows_of_steps(decoding: int, arriving: int, tokens_for_one: int) -> list[int
     limits = replace(
         LIMITS, num_blocks=200, max_num_seqs=12, max_num_batched_tokens=48, tokens_for_one=tokens_for_one
     )
-    engine = InlineEngine(BookkeepingRunner(), limits, clock=Clock())
+    clock = Clock()
+    engine = InlineEngine(BookkeepingRunner(), limits, clock=clock)
     for number in range(decoding):
         engine.submit(request(number, [number + 1], max_tokens=60), Sink())
     engine.step()
+    clock.now = 5.0
     prompts = [Sink() for _ in range(arriving)]
     for number, sink in enumerate(prompts):
-        engine.submit(request(100 + number, [30 + number] * 40, max_tokens=2), sink)
+        engine.submit(request(100 + number, [30 + number] * 40, max_tokens=2, arrival=5.0), sink)
     rows = []
     while not any(sink.tokens for sink in prompts):
         message = engine.step()
@@ -223,6 +225,27 @@ def test_prompts_have_the_whole_step_otherwise() -> None:
     assert rows_of_steps(0, 1, tokens_for_one=7) == [40]
     assert rows_of_steps(4, 3, tokens_for_one=7)[0] == 48  # many wait for their first token
     assert rows_of_steps(4, 1, tokens_for_one=0) == [44]
+
+
+def test_a_crowd_is_one_to_its_end() -> None:
+    """Twelve prompts of 40 in steps of 48: the last ones don't wait for the first ones' tokens."""
+    limits = replace(LIMITS, num_blocks=200, max_num_seqs=12, max_num_batched_tokens=48, tokens_for_one=4)
+    clock = Clock()
+    clock.now = 6.0
+    engine = InlineEngine(BookkeepingRunner(), limits, clock=clock)
+    sinks = [Sink() for _ in range(12)]
+    for number, sink in enumerate(sinks):
+        prompt = [30 + number] * 40
+        engine.submit(request(number, prompt, max_tokens=40, arrival=5 + number / 20), sink)
+    rows = []
+    while sum(not sink.tokens for sink in sinks) > 1:
+        message = engine.step()
+        assert message is not None and message.stats is not None
+        rows.append(message.stats.num_tokens)
+    assert set(rows[:-1]) == {48}
+    message = engine.step()
+    assert message is not None and message.stats is not None
+    assert message.stats.num_tokens <= 36  # one alone is no crowd
 
 
 def test_who_waits_without_a_seat_does_not_count() -> None:

@@ -11,7 +11,8 @@ longer than that goes alone of its kind.
 While sequences decode, each prompt token in their step delays them. So as long as few
 sequences are on their way to their first token (one, or half as many as decode), a step has at
 most STRETCH times the tokens that it would take without prompts; otherwise, and while nothing
-decodes, the whole budget is used: a crowd that starts together is better served by that.
+decodes, the whole budget is used: a crowd that starts together is better served by that. Those of
+it that decode already don't count, or its last ones would wait for them.
 
 Order between tenants: see `waiting`. Order within a tenant: the class (arrival in whole priority
 intervals, less the priority), then the earlier deadline, then arrival. The class of a waiting
@@ -45,6 +46,7 @@ from salver.server.engine.waiting import WaitingQueue
 # Three times the tokens take less than twice the time: attention to long contexts and what a step
 # costs anyhow don't grow with them (docs/performance.md, "How cost grows").
 STRETCH = 3
+TOGETHER = 1.0  # seconds between the arrivals of a crowd
 
 
 @dataclass(slots=True)
@@ -339,12 +341,24 @@ class Scheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step; at least one for each running sequence."""
-        decoding = sum(s.num_tokens - s.num_computed_tokens == 1 for s in self.running)
-        seats = self.max_num_seqs - len(self.running)
-        starting = len(self.running) - decoding + min(self.num_waiting, seats)
-        if not self.tokens_for_one or not decoding or starting > max(1, decoding // 2):
+        left = [(s, s.num_tokens - s.num_computed_tokens) for s in self.running]
+        decoding = [s for s, num_tokens in left if num_tokens == 1]
+        starting = [s for s, num_tokens in left if num_tokens > 1]
+        if not self.tokens_for_one or not decoding or self._is_crowd(starting, decoding):
             return self.max_num_batched_tokens
-        return min(self.max_num_batched_tokens, STRETCH * max(self.tokens_for_one, decoding))
+        return min(self.max_num_batched_tokens, STRETCH * max(self.tokens_for_one, len(decoding)))
+
+    def _is_crowd(self, starting: list[Sequence], decoding: list[Sequence]) -> bool:
+        """Whether those on their way to a first token, who waits for a free seat among them, are many
+        beside those that they disturb."""
+        arrivals = [s.arrival for s in starting]
+        seats = self.max_num_seqs - len(self.running)
+        if seats > 0 and (best := self._best_waiting()) is not None:
+            arrivals += [best.arrival] * min(self.num_waiting, seats)
+        if len(arrivals) <= 1:
+            return False
+        before = max(arrivals) - TOGETHER
+        return len(arrivals) > max(1, sum(s.arrival < before for s in decoding) // 2)
 
     def _schedule_running(self, schedule: Schedule) -> tuple[int, bool]:
         budget = self._budget()
