@@ -62,6 +62,8 @@ class NativeSeq2Seq(NativeTransformer):
         self._embedding = COperation(kind=Kind.EMBED, in_=RESIDUAL, out=RESIDUAL, weight=embed, extra=-1)
         if not spec.own_embedding:
             self._encoder.look_up = self._look_up
+            if not tied:  # the table is held here
+                model.embed.weight = nn.Parameter(model.embed.weight.new_empty(0), requires_grad=False)
         for name, module in self._encoder.named_children():
             if spec.own_embedding or name != "embed":
                 module.float()
