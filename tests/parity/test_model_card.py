@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.encoders import write_encoder
+from support.seq2seq import VARIANTS as SEQ2SEQ
+from support.seq2seq import write as write_seq2seq
 
 from salver.model.arithmetic import Arithmetic, Storage
 from salver.model.config_reader import FieldsRead
@@ -89,6 +92,29 @@ def test_an_encoders_weights_are_predicted(name: str, way: str, tmp_path: Path, 
 def test_keys_and_queries_of_distances_are_counted(way: str, tmp_path: Path, library: str) -> None:
     checkpoint = write_encoder(tmp_path, "DebertaV2ForSequenceClassification")
     assert_predicted(checkpoint, start(checkpoint, library if way != "torch" else ""))
+
+
+@pytest.mark.parametrize("way", ["torch", "float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["Marian paper", "Marian own", "T5 flan", "UMT5 plain"])
+def test_an_encoder_decoders_weights_are_predicted(name: str, way: str, tmp_path: Path, library: str) -> None:
+    sizes = {
+        "d_model": 64,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "d_kv": 16,
+        "d_ff": 64,
+    }
+    sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    config = SEQ2SEQ[name].config
+    known = {field: size for field, size in sizes.items() if field in config}
+    write_seq2seq(tmp_path, replace(SEQ2SEQ[name], config={**config, **known}))
+    dtype = "float32" if way in ("torch", "int8") else "bfloat16"
+    fields = {"dtype": "float32" if way == "float32" else dtype}
+    if way in ("int8", "int4"):
+        fields["quantization"] = way
+    ready = start(tmp_path, library if way != "torch" else "", **fields)
+    assert ready.kernels == ("torch" if way == "torch" else "native")
+    assert_predicted(tmp_path, ready)
 
 
 def test_operations_are_those_of_the_products(tiny_llama: Path) -> None:

@@ -19,13 +19,16 @@ STEP_TOKENS = 24
 
 
 class DecoderServer(EncodingServer):
-    """A decoder in the place of the encoder."""
+    """A decoder, or an encoder-decoder, in the place of the encoder."""
 
     def __init__(self, checkpoint: Path, library: Library | None = None) -> None:
         self.runner = runner_of(checkpoint, "float32", library)
         spec = self.runner.model.spec
         context = spec.max_position_embeddings
-        limits = EngineLimits(BLOCKS, BLOCK_SIZE, context, 16, STEP_TOKENS, check_integrity=True)
+        source = 0 if spec.encoder is None else spec.encoder.max_input_tokens
+        limits = EngineLimits(
+            BLOCKS, BLOCK_SIZE, context, 16, STEP_TOKENS, max_source_len=source, check_integrity=True
+        )
         self.engine = LoopEngine(InlineEngine(self.runner, limits, clock=time.monotonic))
         self.tokenizer = Tokenizer.from_directory(checkpoint)
         self.model = ServedModel(

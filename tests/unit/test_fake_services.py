@@ -77,6 +77,9 @@ def test_attention_and_distribution_add_up(client: Client) -> None:
     assert len(found.matrices) == 4 and len({matrix.weights for matrix in found.matrices}) == 4
     for matrix in found.matrices:
         assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in matrix.weights)
+    crossed = client.get_attention("the calm old sea", kind="cross", target="la mer")
+    assert [unit.token for unit in crossed.queries] == [b"la", b"mer"]
+    assert [len(row) for row in crossed.matrices[0].weights] == [4, 4]
     (links,) = client.get_attention("a b", layers=[1], view="head_mean", top_k=1).matrices
     assert [(link.query, link.key) for link in links.links] == [(0, 0), (1, 1)]
     with pytest.raises(InvalidArgument, match=r"layers\[0\]: 2 must be below 2"):

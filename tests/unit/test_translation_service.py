@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from support.fake_service import (
 
 from salver.model.encoder_spec import EncoderSpec
 from salver.model.spec import LearnedPositions, ModelSpec, NormSpec, WeightMap
-from salver.v1 import generation_pb2, inspection_pb2, inspection_pb2_grpc
+from salver.v1 import common_pb2, generation_pb2, inspection_pb2, inspection_pb2_grpc
 
 NORM = NormSpec("layer", 1e-5)
 ENCODER = EncoderSpec("MarianMTModel", VOCAB, 8, 2, 1, 8, 40, NORM, "relu", WeightMap())
@@ -41,6 +42,10 @@ async def translator() -> AsyncIterator[Service]:
         model = replace(served.front.model, spec=SPEC, architecture="MarianMTModel")
         served.front.serve(model, served.engine)
         yield served
+
+
+def ids(*token_ids: int) -> Any:
+    return common_pb2.Prompt(token_ids=common_pb2.TokenIds(ids=token_ids))
 
 
 def test_the_prompt_is_the_source() -> None:
@@ -91,17 +96,41 @@ def test_what_makes_no_sense_is_refused() -> None:
             chat = generation_pb2.ChatRequest()
             assert (await failure(served.generation.Chat(chat)))[0] is Code.FAILED_PRECONDITION
             inspection: Any = inspection_pb2_grpc.InspectionServiceStub(served.channel)
-            for ask, kind in (
-                (inspection.GetAttention, inspection_pb2.GetAttentionRequest),
-                (inspection.GetDistribution, inspection_pb2.GetDistributionRequest),
+            nothing: dict[str, Any] = {"prompt": asked.prompt}
+            for fields, wrong in (
+                ({}, ["target"]),
+                ({"kind": "ATTENTION_KIND_DECODER"}, ["target"]),
+                ({"kind": "ATTENTION_KIND_ENCODER", "target": asked.prompt}, ["target"]),
+                ({"target": asked.prompt, "view": "ATTENTION_VIEW_ROLLOUT"}, ["view"]),
+                ({"target": asked.prompt, "pair": "x"}, ["pair"]),
+                ({"target": ids(VOCAB), "merge_words": True}, ["target.token_ids.ids[0]", "merge_words"]),
+                ({"kind": "ATTENTION_KIND_ENCODER", "layers": [2], "heads": [1]}, ["layers[0]", "heads[0]"]),
+                ({"kind": 9, "target_language": "fr"}, ["kind", "target", "target_language"]),
             ):
-                code, details = await failure(ask(kind(prompt=asked.prompt)))
-                assert code is Code.FAILED_PRECONDITION and "encoder-decoders" in details["message"]
+                get = inspection.GetAttention(inspection_pb2.GetAttentionRequest(**nothing, **fields))
+                code, details = await failure(get)
+                assert code is Code.INVALID_ARGUMENT and sorted(fields_of(details)) == sorted(wrong)
+            long = [7] * 199
+            longer = inspection_pb2.GetAttentionRequest(**nothing, target=ids(*long))
+            told = inspection_pb2.GetDistributionRequest(**nothing, output_token_ids=long)
+            for get, problem in (
+                (inspection.GetAttention(longer), "target is 201 tokens; 'tiny' reads at most 200"),
+                (inspection.GetDistribution(told), "output_token_ids is 199 tokens; .* has room for 198"),
+            ):
+                code, details = await failure(get)
+                assert code is Code.OUT_OF_RANGE and re.search(problem, details["message"])
         async with service() as served:
             asked = request("abc")
             asked.target_language = "fr"
             code, details = await failure(served.generation.Generate(asked))
             assert code is Code.INVALID_ARGUMENT and fields_of(details) == ["target_language"]
+            inspection = inspection_pb2_grpc.InspectionServiceStub(served.channel)
+            of_others = inspection_pb2.GetAttentionRequest(
+                prompt=asked.prompt, target=asked.prompt, kind="ATTENTION_KIND_CROSS", source_language="fr"
+            )
+            code, details = await failure(inspection.GetAttention(of_others))
+            assert code is Code.INVALID_ARGUMENT
+            assert sorted(fields_of(details)) == ["kind", "source_language", "target"]
 
     run(test)
 

@@ -241,6 +241,8 @@ class FakeInspection(_Service, inspection_pb2_grpc.InspectionServiceServicer):
                 if index >= count:
                     problem = f"{name}[{position}]: {index} must be below {count}, the model's {name}"
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        written = [(1, *word) for word in words_of(text_of(request.target))]  # its words look at the prompt's
+        queries = written or words
         layers = sorted(set(request.layers)) or range(LAYERS)
         heads: Iterable[int | None] = [None]
         if request.view in _VIEW_OF_HEADS:
@@ -249,7 +251,7 @@ class FakeInspection(_Service, inspection_pb2_grpc.InspectionServiceServicer):
         for layer in layers:
             for head in heads:
                 made = inspection_pb2.AttentionMatrix(layer=layer, head=head)
-                for query in range(len(words)):
+                for query in range(len(queries)):
                     row = attention_row(query, len(words), layer, head or 0)
                     if request.HasField("top_k"):
                         for key in sorted(range(len(row)), key=lambda k: -row[k])[: request.top_k]:
@@ -257,14 +259,17 @@ class FakeInspection(_Service, inspection_pb2_grpc.InspectionServiceServicer):
                     else:
                         made.weights.extend(row)
                 matrices.append(made)
-        units = [
-            inspection_pb2.AttentionUnit(
-                token_ids=[self._token_id(word)], token=word.encode(), start=start, end=end, text=place
-            )
-            for place, word, start, end in words
-        ]
+        units, rows = (
+            [
+                inspection_pb2.AttentionUnit(
+                    token_ids=[self._token_id(word)], token=word.encode(), start=start, end=end, text=place
+                )
+                for place, word, start, end in side
+            ]
+            for side in (words, written)
+        )
         return self._reply(
-            inspection_pb2.GetAttentionResponse, request, texts, units=units, matrices=matrices,
+            inspection_pb2.GetAttentionResponse, request, texts, units=units, queries=rows, matrices=matrices,
             num_layers=LAYERS, num_heads=HEADS,
         )  # fmt: skip
 

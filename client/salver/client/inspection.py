@@ -68,6 +68,8 @@ class DistributionOptions(TypedDict, total=False):
     continue_final_message: bool
     template_kwargs: Mapping[str, Any]
     output_token_ids: Sequence[int]
+    target_language: str
+    source_language: str
     num_candidates: int
     priority: int
     request_id: str
@@ -77,7 +79,7 @@ class DistributionOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class AttentionUnit:
-    """A token, or a word of several, and its place (code points) in its text: 0, or 1 for the pair."""
+    """A token, or a word of several, and its place (code points) in its text: 0, or 1 for pair or target."""
 
     token_ids: tuple[int, ...]
     token: bytes
@@ -110,19 +112,30 @@ class AttentionMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The units, the matrices that were asked for, and how many layers and heads the model has."""
+    """The units, the matrices that were asked for, and how many layers and heads the model has.
+
+    Columns are of `units`, rows of `queries`: the same, but for cross-attention the target's.
+    """
 
     units: tuple[AttentionUnit, ...]
     matrices: tuple[AttentionMatrix, ...]
     num_layers: int
     num_heads: int
     truncated_tokens: int
+    queries: tuple[AttentionUnit, ...]
 
 
 class AttentionOptions(TypedDict, total=False):
-    """Keyword arguments of `get_attention`. `view` is raw, head_mean or rollout; `pair` a second text."""
+    """Keyword arguments of `get_attention`. `view` is raw, head_mean or rollout; `pair` a second text.
+
+    Of an encoder-decoder, `kind` is encoder, decoder or cross, and `target` what it writes.
+    """
 
     pair: str
+    kind: str
+    target: PromptLike
+    target_language: str
+    source_language: str
     layers: Sequence[int]
     heads: Sequence[int]
     view: str
@@ -136,20 +149,27 @@ class AttentionOptions(TypedDict, total=False):
 
 
 def attention_request(prompt: PromptLike, options: AttentionOptions) -> Any:
-    """Raises TypeError for a view that does not exist."""
+    """Raises TypeError for a view or a kind that does not exist."""
     fields: Any = {name: value for name, value in options.items() if name != "timeout" and value is not None}
-    if "view" in fields:
-        name = f"ATTENTION_VIEW_{str(fields['view']).upper()}"
-        if name not in inspection_pb2.AttentionView.keys():  # noqa: SIM118 - it is no mapping
-            raise TypeError(f"view {fields['view']!r} does not exist")
-        fields["view"] = name
+    for field, names in (("view", inspection_pb2.AttentionView), ("kind", inspection_pb2.AttentionKind)):
+        if field in fields:
+            name = f"ATTENTION_{field.upper()}_{str(fields[field]).upper()}"
+            if name not in names.keys():  # noqa: SIM118 - it is no mapping
+                raise TypeError(f"{field} {fields[field]!r} does not exist")
+            fields[field] = name
+    if "target" in fields:
+        fields["target"] = to_prompt(fields["target"])
     return inspection_pb2.GetAttentionRequest(prompt=to_prompt(prompt), **fields)
 
 
 def attention(reply: Any) -> Attention:
     size = len(reply.units)
+    units, queries = (
+        tuple(AttentionUnit(tuple(u.token_ids), u.token, u.start, u.end, u.text) for u in side)
+        for side in (reply.units, reply.queries)
+    )
     return Attention(
-        tuple(AttentionUnit(tuple(u.token_ids), u.token, u.start, u.end, u.text) for u in reply.units),
+        units,
         tuple(
             AttentionMatrix(
                 m.layer,
@@ -162,6 +182,7 @@ def attention(reply: Any) -> Attention:
         reply.num_layers,
         reply.num_heads,
         reply.truncated_tokens,
+        queries or units,
     )
 
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .encoder_spec import EncoderSpec
-from .spec import Cat, ModelSpec, Source, Stack, names_of
+from .spec import Cat, ModelSpec, SinusoidalPositions, Source, Stack, names_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _PANEL, _LANES = 32, 16  # columns of the native kernel's packed panels; see kernels/library.py
+_TILE = 64  # keys of a tile of its attention
 _INT4_BLOCK, _INT4_BYTES = 32, 20  # likewise
 _LAYER = re.compile(r"layers\.\d+\.")
 _EMBEDDINGS = (
@@ -151,6 +152,8 @@ class Storage:
         if tensor.name.startswith(_ENCODER):  # its products are in float32 whatever the decoder is in
             columns = _columns(tensor.shape[0], False) if tensor.multiplies else 0
             return (columns * (tensor.shape[1] + 1) if columns else tensor.size) * BYTES["float32"]
+        if tensor.module == "buckets":  # as the bias of every distance
+            return spec.num_heads * (spec.max_position_embeddings + _TILE) * BYTES["float32"]
         gated = spec.gated and tensor.module == "up"
         if tensor.multiplies or (tensor.module == "embed" and spec.tied_head):
             rows, depth = tensor.shape
@@ -166,8 +169,12 @@ class Storage:
         return size * BYTES["float32"]
 
     def total(self, tensors: Iterable[LoadedTensor], spec: ModelSpec | EncoderSpec) -> int:
-        """Bytes of all of them."""
-        return sum(self.nbytes(tensor, spec) for tensor in tensors)
+        """Bytes of all of them, and of the sinusoids that the kernel holds as a table beside them."""
+        found = sum(self.nbytes(tensor, spec) for tensor in tensors)
+        if self.native and isinstance(spec, ModelSpec) and isinstance(spec.positions, SinusoidalPositions):
+            dtype = "bfloat16" if self.quantization == "int4" else "float32"
+            found += spec.max_position_embeddings * spec.hidden_size * BYTES[dtype]
+        return found
 
 
 def _columns(rows: int, gated: bool) -> int:

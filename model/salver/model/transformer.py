@@ -17,7 +17,7 @@ from .attention import Alibi, Attention, AttentionBatch, Scoring, SourceBatch
 from .buckets import distance_buckets
 from .cache import KVCache
 from .cross import CrossAttention
-from .encoder import Encoder, EncoderBatch
+from .encoder import Encoder, EncoderBatch, OnHeads
 from .experts import Experts
 from .latent import Latent
 from .layers import ACTIVATIONS, Embedding, Linear, Norm, TiedHead, Weights, capped
@@ -26,8 +26,9 @@ from .rope import Rope, Rotation, sinusoids
 from .spec import AlibiPositions, BucketPositions, LearnedPositions, ModelSpec, SinusoidalPositions
 
 # Is told each layer's index, its queries [N, heads, head_dim] and keys [N, kv_heads, head_dim] as they are
-# multiplied, and how they are scored. The tensors change afterwards.
-OnAttention = Callable[[int, Tensor, Tensor, Scoring], None]
+# multiplied, and how they are scored. The tensors change afterwards. Of an attention to sources there are no
+# keys: they stand in the cache.
+OnAttention = Callable[[int, Tensor, Tensor | None, Scoring], None]
 
 
 class Decoder(Protocol):
@@ -64,7 +65,10 @@ class SourceDecoder(Decoder, Protocol):
         cache: KVCache,
         slots: SourceBatch,
         on_layer: Callable[[], None] | None = None,
+        on_heads: OnHeads | None = None,
     ) -> None: ...
+
+    def source_keys(self, cache: KVCache, layer: int, blocks: list[int]) -> Tensor: ...
 
 
 @runtime_checkable
@@ -337,13 +341,21 @@ class Transformer(nn.Module):
         cache: KVCache,
         slots: SourceBatch,
         on_layer: Callable[[], None] | None = None,
+        on_heads: OnHeads | None = None,
     ) -> None:
-        """Reads sources and stores, at `slots`, what every layer attends to of them."""
+        """Reads sources and stores, at `slots`, what every layer attends to of them.
+
+        `on_heads` is as in `Encoder.forward`.
+        """
         assert self.encoder is not None, f"{self.spec.architecture} has no encoder"
-        hidden = self.encoder(sources, on_layer)
+        hidden = self.encoder(sources, on_layer, on_heads)
         cache.begin_step(slots)
         for cross in self.cross_layers:
             cross.remember(hidden, cache, slots)
+
+    def source_keys(self, cache: KVCache, layer: int, blocks: list[int]) -> Tensor:
+        """float32 [len(blocks) * block_size, kv_heads, head_dim]: what `encode` stored there, in a layer."""
+        return cache.keys(layer)[blocks].flatten(0, 1).float()
 
     def distances(self, buckets: Weights | None) -> Tensor | None:
         """float32 [num_heads, distance]: the bias of each distance."""
@@ -429,6 +441,7 @@ class _Observed:
         self, query: Tensor, cache: KVCache, layer: int, batch: AttentionBatch, scoring: Scoring
     ) -> Tensor:
         if isinstance(batch, SourceBatch):
+            self._on_attention(layer, query, None, scoring)
             return self._attention(query, cache, layer, batch, scoring)
         size, slots = cache.block_size, batch.slot_mapping
         self._on_attention(layer, query, cache.keys(layer)[slots // size, slots % size], scoring)

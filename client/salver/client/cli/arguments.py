@@ -49,8 +49,7 @@ def build_parser(plugins: list[str]) -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="the text to go on from; - reads it from standard input")
     _sampling(generate)
     generate.add_argument("-n", type=int, help="so many samples (prints them when all are done)")
-    generate.add_argument("--target-language", metavar="CODE", help="translate into it (fr, fr_XX, fra_Latn)")
-    generate.add_argument("--source-language", metavar="CODE", help="of the text to translate")
+    _languages(generate)
     generate.add_argument("--beams", type=int, metavar="K", help="a beam search; -n of its best answers")
     generate.add_argument(
         "--length-penalty", type=float, help="of a beam search: above 0 favours long answers (default: 1)"
@@ -173,7 +172,8 @@ def _admin_commands(subparsers: Any) -> None:
 
 def _inspection_commands(subparsers: Any) -> None:
     flags = [entry for entry in _SAMPLING if entry[0] not in _OF_WHOLE_ANSWERS]
-    names = (*(flag[2:].replace("-", "_") for flag, _, _ in flags), "bad_words", "allowed_words", "timeout")
+    names = tuple(flag[2:].replace("-", "_") for flag, _, _ in flags)
+    names += ("bad_words", "allowed_words", "timeout", *inspection.LANGUAGES)
     run = functools.partial(inspection.distribution, names=names)
     found = _command(subparsers, "distribution", run, "what the next token may be, step by step of sampling")
     found.add_argument("text", help="the prompt; - reads it from standard input")
@@ -182,12 +182,21 @@ def _inspection_commands(subparsers: Any) -> None:
         found.add_argument(flag, type=kind, help=text)
     found.add_argument("--chat", action="store_true", help="the text is a message: of the answer to it")
     found.add_argument("--regex", help="of an answer that follows it")
+    _languages(found)
     found.add_argument("--bad-words", nargs="+", metavar="WORD", help="never write these")
     found.add_argument("--allowed-words", nargs="+", metavar="WORD", help="write nothing but these")
 
     seen = _command(subparsers, "attention", inspection.attention, "which words attend to which")
     seen.add_argument("text", help="- reads it from standard input")
     seen.add_argument("--pair", metavar="TEXT", help="a second text, read together with the first (encoders)")
+    seen.add_argument(
+        "--target", metavar="TEXT", help="what an encoder-decoder writes: its words look at the text's"
+    )
+    seen.add_argument(
+        "--kind", choices=("encoder", "decoder", "cross"),
+        help="of an encoder-decoder: of the text to itself, the target to itself, or to the text (default)",
+    )  # fmt: skip
+    _languages(seen)
     seen.add_argument("--word", help="what this word attends to; all words when left out")
     seen.add_argument("--layer", type=int, help="from 0; the last when left out")
     which = seen.add_mutually_exclusive_group()
@@ -210,6 +219,11 @@ def _command(subparsers: Any, name: str, run: Any, text: str, admin: bool = Fals
     parser.add_argument("--timeout", type=float, help="seconds")
     parser.add_argument("--json", action="store_true", help="print JSON, for other programs")
     return parser
+
+
+def _languages(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target-language", metavar="CODE", help="translate into it (fr, fr_XX, fra_Latn)")
+    parser.add_argument("--source-language", metavar="CODE", help="of the text to translate")
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,11 @@ _CELL, _CHARACTER, _MARGIN = 26, 7.5, 16  # pixels
 _FONT = "font-family='DejaVu Sans, Helvetica, Arial, sans-serif' font-size='13'"
 
 
-def draw_row(labels: Sequence[str], row: Sequence[float], query: int) -> None:
-    """What one unit attends to, a bar for each key. On a terminal that has rich, in colour."""
+def draw_row(labels: Sequence[str], row: Sequence[float], query: int | None) -> None:
+    """What one unit attends to, a bar for each key. On a terminal that has rich, in colour.
+
+    `query`: which of the keys it is itself.
+    """
     best = max(row) or 1.0
     width = max(map(len, labels))
     lines = [
@@ -38,47 +41,48 @@ def draw_row(labels: Sequence[str], row: Sequence[float], query: int) -> None:
             print(f"{label:>{width}}  {bar:<{BAR}} {weight:.3f} {mark}".rstrip())
 
 
-def draw_matrix(labels: Sequence[str], matrix: Matrix) -> None:
-    """Rows are queries; a shade for each weight, relative to the largest of the row."""
+def draw_matrix(queries: Sequence[str], keys: Sequence[str], matrix: Matrix) -> None:
+    """Rows are queries; a shade for each weight, relative to the largest of the row.
+
+    Columns have numbers, and what these are stands below where it is not the rows.
+    """
     rows = []
-    for label, row in zip(labels, matrix, strict=True):
+    for label, row in zip(queries, matrix, strict=True):
         best = max(row) or 1.0
         rows.append((label, *(2 * SHADES[round((len(SHADES) - 1) * weight / best)] for weight in row)))
-    table(("", *(str(key) for key in range(1, len(labels) + 1))), rows)
+    table(("", *(str(key) for key in range(1, len(keys) + 1))), rows)
+    if list(queries) != list(keys):
+        print("  ".join(f"{number} {label}" for number, label in enumerate(keys, 1)))
 
 
-def svg_matrix(title: str, labels: Sequence[str], matrix: Matrix) -> str:
+def svg_matrix(title: str, queries: Sequence[str], keys: Sequence[str], matrix: Matrix) -> str:
     """A square for each weight, darker for more, with its number to be read by pointing at it."""
-    size, margin = len(labels), _label_width(labels)
-    top = margin + 2 * _MARGIN
+    margin = _label_width(queries)
+    top = _label_width(keys) + 2 * _MARGIN
     parts = [_text(_MARGIN, _MARGIN + 4, title, weight="bold")]
-    for place, label in enumerate(labels):
-        middle = place * _CELL + _CELL / 2
-        parts.append(_text(margin + _MARGIN - 6, top + middle + 4, label, anchor="end"))
-        x, y = margin + _MARGIN + middle + 4, top - 6
+    for place, label in enumerate(queries):
+        parts.append(_text(margin + _MARGIN - 6, top + (place + 0.5) * _CELL + 4, label, anchor="end"))
+    for place, label in enumerate(keys):
+        x, y = margin + _MARGIN + (place + 0.5) * _CELL + 4, top - 6
         parts.append(_text(x, y, label, turn=f"rotate(-90 {x:g} {y:g})"))
     for query, row in enumerate(matrix):
         for key, weight in enumerate(row):
-            hint = html.escape(f"{labels[query]} → {labels[key]}: {weight:.3f}")
+            hint = html.escape(f"{queries[query]} → {keys[key]}: {weight:.3f}")
             parts.append(
                 f"<rect x='{margin + _MARGIN + key * _CELL:g}' y='{top + query * _CELL:g}' "
                 f"width='{_CELL - 1}' "
                 f"height='{_CELL - 1}' fill='#1f4e9c' fill-opacity='{min(1.0, weight):.4f}' stroke='#ccd'>"
                 f"<title>{hint}</title></rect>"
             )
-    width = max(margin + size * _CELL, _CHARACTER * len(title)) + 2 * _MARGIN
-    return _svg(width, top + size * _CELL + _MARGIN, parts)
+    width = max(margin + len(keys) * _CELL, _CHARACTER * len(title)) + 2 * _MARGIN
+    return _svg(width, top + len(queries) * _CELL + _MARGIN, parts)
 
 
-def svg_row(title: str, labels: Sequence[str], row: Sequence[float], query: int) -> str:
-    """The sentence twice, and lines from the query above to its keys below, thicker for more."""
-    places, x = [], float(_MARGIN)
-    for label in labels:
-        width = _CHARACTER * len(label) + 14
-        places.append(x + width / 2)
-        x += width
+def svg_row(title: str, queries: Sequence[str], keys: Sequence[str], row: Sequence[float], query: int) -> str:
+    """Two sentences, and lines from the query above to its keys below, thicker for more."""
+    (above, end), (places, x) = _places(queries), _places(keys)
     parts = [_text(_MARGIN, _MARGIN + 4, title, weight="bold")]
-    start = places[query]
+    start = above[query]
     for place, weight in zip(places, row, strict=True):
         if weight >= 0.005:
             parts.append(
@@ -86,11 +90,22 @@ def svg_row(title: str, labels: Sequence[str], row: Sequence[float], query: int)
                 f"stroke='#1f4e9c' stroke-width='{1 + 9 * weight:.2f}' "
                 f"stroke-opacity='{min(1, 0.15 + weight):.3f}'/>"
             )
-    for key, (label, place, weight) in enumerate(zip(labels, places, row, strict=True)):
-        parts.append(_text(place, 58, label, anchor="middle", weight="bold" if key == query else "normal"))
+    for number, (label, place) in enumerate(zip(queries, above, strict=True)):
+        parts.append(_text(place, 58, label, anchor="middle", weight="bold" if number == query else "normal"))
+    for label, place, weight in zip(keys, places, row, strict=True):
         parts.append(_text(place, 192, label, anchor="middle"))
         parts.append(_text(place, 210, f"{weight:.0%}", anchor="middle", fill="#667"))
-    return _svg(max(x, _MARGIN + _CHARACTER * len(title)) + _MARGIN, 226, parts)
+    return _svg(max(x, end, _MARGIN + _CHARACTER * len(title)) + _MARGIN, 226, parts)
+
+
+def _places(labels: Sequence[str]) -> tuple[list[float], float]:
+    """The middles of labels one beside the other, and where the last one ends."""
+    places, x = [], float(_MARGIN)
+    for label in labels:
+        width = _CHARACTER * len(label) + 14
+        places.append(x + width / 2)
+        x += width
+    return places, x
 
 
 def write(path: str, title: str, picture: str) -> None:

@@ -10,6 +10,8 @@ from salver.client.cli.connection import UsageError, connect
 from salver.client.cli.output import as_json, read_text, table
 from salver.client.types import Message
 
+LANGUAGES = ("target_language", "source_language")
+
 
 def distribution(options: argparse.Namespace, names: tuple[str, ...]) -> None:
     """What each step of sampling makes of the next token's distribution."""
@@ -35,7 +37,10 @@ def distribution(options: argparse.Namespace, names: tuple[str, ...]) -> None:
 
 
 def attention(options: argparse.Namespace) -> None:
-    """A word's attention as bars, or all of it as shades; with --out a picture."""
+    """A word's attention as bars, or all of it as shades; with --out a picture.
+
+    Of an encoder-decoder the rows are the target's, but with --kind encoder.
+    """
     if options.out is not None:
         drawing.check_out(options.out)
     text = read_text(options.text)
@@ -43,7 +48,7 @@ def attention(options: argparse.Namespace) -> None:
     view = "rollout" if options.rollout else "head_mean"
     if options.head is not None:
         chosen["heads"], view = [options.head], "raw"
-    for name in ("pair", "truncate", "model", "timeout"):
+    for name in (*LANGUAGES, "pair", "kind", "target", "truncate", "model", "timeout"):
         if (value := getattr(options, name)) is not None:
             chosen[name] = value
     with connect(options) as client:
@@ -51,28 +56,29 @@ def attention(options: argparse.Namespace) -> None:
     if options.json:
         as_json(found)
         return
-    texts = (text, options.pair or "")
-    labels = [
-        texts[u.text][u.start : u.end].strip() or u.token.decode("utf-8", "replace").strip()
-        for u in found.units
-    ]
+    texts = (text, options.target or options.pair or "")
+    keys, queries = (
+        [texts[u.text][u.start : u.end].strip() or u.token.decode("utf-8", "replace").strip() for u in side]
+        for side in (found.units, found.queries)
+    )
     matrix = found.matrices[-1]
     what = {"rollout": "rollout", "head_mean": "mean of heads", "raw": f"head {options.head}"}[view]
     title = f"Attention, layer {matrix.layer} of {found.num_layers}, {what}"
-    query = None if options.word is None else _query(options.word, labels)
+    query = None if options.word is None else _query(options.word, queries)
+    same = found.queries == found.units
     if options.out is not None:
         if query is None:
-            picture = drawing.svg_matrix(title, labels, matrix.weights)
+            picture = drawing.svg_matrix(title, queries, keys, matrix.weights)
         else:
-            title = f"{title}: {labels[query]}"
-            picture = drawing.svg_row(title, labels, matrix.weights[query], query)
+            title = f"{title}: {queries[query]}"
+            picture = drawing.svg_row(title, queries, keys, matrix.weights[query], query)
         drawing.write(options.out, title, picture)
         return
     print(title)
     if query is None:
-        drawing.draw_matrix(labels, matrix.weights)
+        drawing.draw_matrix(queries, keys, matrix.weights)
     else:
-        drawing.draw_row(labels, matrix.weights[query], query)
+        drawing.draw_row(keys, matrix.weights[query], query if same else None)
 
 
 def _query(word: str, labels: list[str]) -> int:

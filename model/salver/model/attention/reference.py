@@ -30,10 +30,10 @@ class ReferenceAttention:
         return out.flatten(1)
 
 
-def attention_weights(query: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
+def attention_weights(query: Tensor, keys: Tensor, scoring: Scoring, *, causal: bool = True) -> Tensor:
     """[heads, n, L] of queries [n, heads, head_dim] at the last n positions of keys [L, kv_heads, head_dim].
 
-    In their dtype. Rows sum to 1; with sinks, to what these leave.
+    In their dtype. Rows sum to 1; with sinks, to what these leave. Not `causal`: every query sees every key.
     """
     (count, heads, _), length = query.shape, keys.shape[0]
     keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
@@ -46,10 +46,11 @@ def attention_weights(query: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
         scores = scores + scoring.alibi.bias(key_positions)[:, None].to(scores.dtype)
     if scoring.distances is not None:
         scores = scores + scoring.distance_bias(key_positions, positions).to(scores.dtype)
-    hidden = key_positions > positions[:, None]
-    if scoring.window is not None:
-        hidden |= key_positions <= positions[:, None] - scoring.window
-    scores = scores.masked_fill(hidden, float("-inf"))
+    if causal:
+        hidden = key_positions > positions[:, None]
+        if scoring.window is not None:
+            hidden |= key_positions <= positions[:, None] - scoring.window
+        scores = scores.masked_fill(hidden, float("-inf"))
     if scoring.sinks is not None:
         sinks = scoring.sinks.to(scores.dtype).view(-1, 1, 1).expand(heads, count, 1)
         scores = torch.cat((scores, sinks), dim=-1)

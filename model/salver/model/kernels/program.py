@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,12 +173,17 @@ class NativeTransformer(Compiled):
             step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
         self._tell_adapters(step, rows)
         told = Progress(on_layer) if on_layer is not None and rows >= PROGRESS_ROWS else Progress()
-        if on_attention is not None:
-            told = Progress(self._attention_told(rows, on_attention, on_layer))
-        self._library.run(self._program, step, self._threads, told)
+        if on_attention is None:
+            self._library.run(self._program, step, self._threads, told)
+        else:
+            self._run_observed(step, Progress(self._attention_told(rows, on_attention, on_layer)))
         if on_layer is not None:
             on_layer()
         return self._tensors[FINAL][:rows]
+
+    def _run_observed(self, step: CStep, told: Any) -> None:
+        """Runs the program, stopping where `_attention_told` looks at the buffers."""
+        self._library.run(self._program, step, self._threads, told)
 
     def _attention_told(
         self, rows: int, on_attention: OnAttention, on_layer: Callable[[], None] | None

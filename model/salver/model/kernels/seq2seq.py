@@ -7,18 +7,20 @@ is: a source is read once.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import SourceBatch
+from ..attention import Scoring, SourceBatch
 from ..cache import KVCache
-from ..encoder import EncoderBatch
+from ..encoder import EncoderBatch, OnHeads
 from ..layers import Norm, Weights
 from ..spec import BucketPositions, LearnedPositions, ModelSpec, SinusoidalPositions
-from ..transformer import Layer, Transformer
+from ..transformer import Layer, OnAttention, Transformer
 from .compiled import ATTENDED, FINAL, HEADS, INNER, NORMED, RESIDUAL
 from .library import (
     ACTIVATIONS,
@@ -60,6 +62,8 @@ class NativeSeq2Seq(NativeTransformer):
         self._embedding = COperation(kind=Kind.EMBED, in_=RESIDUAL, out=RESIDUAL, weight=embed, extra=-1)
         if not spec.own_embedding:
             self._encoder.look_up = self._look_up
+            if not tied:  # the table is held here
+                model.embed.weight = nn.Parameter(model.embed.weight.new_empty(0), requires_grad=False)
         for name, module in self._encoder.named_children():
             if spec.own_embedding or name != "embed":
                 module.float()
@@ -70,15 +74,24 @@ class NativeSeq2Seq(NativeTransformer):
         if model.embedding_norm is not None:
             self._norm(model.embedding_norm, RESIDUAL, RESIDUAL)
         self._stores: list[COperation] = []
+        self._observed: list[COperation] = []
+        self._scoring: list[Scoring] = []  # of each layer's own attention
         shared = self._biases(model, model.buckets)
         for layer in model.layers:
             assert isinstance(layer, Layer)
             own = self._biases(model, layer.buckets)
+            buckets = model.buckets if layer.buckets is None else layer.buckets
+            self._scoring.append(Scoring(spec.attention_scale, distances=model.distances(buckets)))
             self._layer(layer, shared if own is None else own)
         if model.final_norm is not None:
             self._norm(model.final_norm, RESIDUAL, FINAL)
         else:
             self._add(Kind.QUANTIZE, RESIDUAL, FINAL)
+        # The queries to the source take the place of a layer's own ones: whoever looks is called in between.
+        for operation in self._operations:
+            self._observed.append(operation)
+            if operation.kind == Kind.ATTEND:
+                self._observed.append(COperation(kind=Kind.PROGRESS, in_=RESIDUAL, out=RESIDUAL))
 
     def _positions(self, model: Transformer) -> int:
         """The table whose row p is position p's; -1: there is none."""
@@ -154,6 +167,31 @@ class NativeSeq2Seq(NativeTransformer):
         encoder = [*self._encoder.parameters(), *self._encoder.buffers()]
         return [*super().stored(), *(tensor for tensor in encoder if tensor.numel())]
 
+    # ---- whoever looks at attention ----
+
+    def _run_observed(self, step: CStep, told: Any) -> None:
+        self._run_apart(self._observed, step, told)
+
+    def _attention_told(
+        self, rows: int, on_attention: OnAttention, on_layer: Callable[[], None] | None
+    ) -> Callable[[], None]:
+        """What the kernel calls after each attention of a layer to its own tokens, and at its end."""
+        spec, calls = self.spec, itertools.count()
+        to_source = Scoring(spec.attention_scale)
+
+        def tell() -> None:
+            layer, ends = divmod(next(calls), 2)
+            heads = self._tensors[HEADS][:rows].view(rows, -1, spec.head_dim)
+            query, key, _ = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+            if not ends:
+                on_attention(layer, query, key, self._scoring[layer])
+                return
+            on_attention(layer, query, None, to_source)
+            if on_layer is not None:
+                on_layer()
+
+        return tell
+
     # ---- sources ----
 
     def _aliases(self) -> list[CBuffer]:
@@ -171,10 +209,11 @@ class NativeSeq2Seq(NativeTransformer):
         cache: KVCache,
         slots: SourceBatch,
         on_layer: Callable[[], None] | None = None,
+        on_heads: OnHeads | None = None,
     ) -> None:
         """As `Transformer.encode`."""
         assert cache is self._cache
-        hidden = self._encoder(sources, on_layer).contiguous()
+        hidden = self._encoder(sources, on_layer, on_heads).contiguous()
         rows = hidden.shape[0]
         self._reserve(rows)
         cache.begin_step(slots)
@@ -188,6 +227,14 @@ class NativeSeq2Seq(NativeTransformer):
         )
         self._run_apart(self._stores, step)
 
+    def source_keys(self, cache: KVCache, layer: int, blocks: list[int]) -> Tensor:
+        """As `Transformer.source_keys`. A block's keys lie as `source/attention.h` says."""
+        spec, step = self.spec, 4 // cache.data.element_size()
+        keys = cache.data[layer, blocks, 0].view(
+            -1, spec.num_kv_heads, spec.head_dim // step, cache.block_size, step
+        )
+        return keys.permute(0, 3, 1, 2, 4).reshape(-1, spec.num_kv_heads, spec.head_dim).float()
+
     def _look_up(self, token_ids: Tensor) -> Tensor:
         """float32 [N, hidden_size]: embeddings, of the packed head where they are tied."""
         rows = token_ids.numel()
@@ -196,13 +243,13 @@ class NativeSeq2Seq(NativeTransformer):
         self._run_apart([self._embedding], step)
         return self._tensors[RESIDUAL][:rows].clone()
 
-    def _run_apart(self, operations: list[COperation], step: CStep) -> None:
+    def _run_apart(self, operations: list[COperation], step: CStep, told: Any = None) -> None:
         """Runs operations on the buffers of the steps, between two of them."""
         program = CProgram()
         ctypes.pointer(program)[0] = self._program
         array = (COperation * len(operations))(*operations)
         program.operations, program.num_operations = array, len(operations)
-        self._library.run(program, step, self._threads, Progress())
+        self._library.run(program, step, self._threads, Progress() if told is None else told)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, vocab_size] of hidden float32 [R, hidden_size]."""

@@ -27,6 +27,28 @@ class EncodedText:
         count = len(token_ids)
         return cls(tuple(token_ids), (0,) * count, ((0, 0),) * count, (0,) * count, (None,) * count)
 
+    @classmethod
+    def of_spans(cls, spans: Sequence[tuple[int, int, int]]) -> EncodedText:
+        """Of (id, start, end) of a text's tokens, of a tokenizer that knows no words."""
+        offsets = tuple((start, end) for _, start, end in spans)
+        return replace(cls.of_ids([token_id for token_id, _, _ in spans]), offsets=offsets)
+
+    def around(self, begin: Sequence[int] = (), end: Sequence[int] = ()) -> EncodedText:
+        """Between these special tokens."""
+        first, last = len(begin), len(end)
+        return EncodedText(
+            (*begin, *self.token_ids, *end),
+            (*[0] * first, *self.segments, *[0] * last),
+            (*[(0, 0)] * first, *self.offsets, *[(0, 0)] * last),
+            (*[None] * first, *self.texts, *[None] * last),
+            (*[None] * first, *self.words, *[None] * last),
+            self.truncated,
+        )
+
+    def of_text(self, number: int) -> EncodedText:
+        """As another text than the first."""
+        return replace(self, texts=tuple(None if text is None else number for text in self.texts))
+
     def keep(self, places: Sequence[int]) -> EncodedText:
         """Of these tokens only."""
         return EncodedText(

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from ..errors import CheckpointError
+from .encoding import EncodedText
 from .sentencepiece import SPACE, read_sentencepiece
 
 LANGUAGE_BEGIN, LANGUAGE_END = ">>", "<<"  # around Marian's target languages, which a text may begin with
@@ -49,6 +50,11 @@ class PieceVocabulary:
             end = len(text)
             found = [*((i, 0, 0) for i in self.begin), *found, *((i, end, end) for i in self.end)]
         return found
+
+    def encode_input(self, text: str, *, output: bool = False) -> EncodedText:
+        """A text that is read, with its special tokens; or an `output`, without."""
+        tokens = EncodedText.of_spans(self.encode(text, special=False, output=output))
+        return tokens if output else tokens.around(self.begin, self.end)
 
     def backend(self, special: list[str]) -> tokenizers.Tokenizer:
         """From ids to text, for a `Tokenizer`."""

@@ -97,6 +97,13 @@ class Tokenizer:
             return [index for index, _, _ in self._pieces.encode(text, special=False, output=True)]
         return self.encode(text, add_special_tokens=False)
 
+    def encode_written(self, text: str) -> EncodedText:
+        """As `encode_output`, with everything that leads back to the text."""
+        if self._pieces is not None:
+            return self._pieces.encode_input(text, output=True)
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
+        return encoded(encoding)
+
     @property
     def reads_pairs(self) -> bool:
         """Whether something stands between the texts of a pair; else they would run into one another."""
@@ -105,6 +112,9 @@ class Tokenizer:
 
     def encode_input(self, text: str, pair: str | None = None) -> EncodedText:
         """A text, or a pair that is read together, with its special tokens."""
+        if self._pieces is not None:
+            assert pair is None, "an encoder-decoder reads one text"
+            return self._pieces.encode_input(text)
         (encoding,) = self._backend.encode_batch([text if pair is None else (text, pair)])
         return encoded(encoding)
 

@@ -24,6 +24,8 @@ def source_digests(sequence: Sequence, pool: BlockPool) -> list[bytes]:
 
 def cached_source(sequence: Sequence, pool: BlockPool) -> list[int]:
     """The blocks of the sequence's source, if it was read before and all are still there; else none."""
+    if not sequence.reads_source_cache:
+        return []
     wanted = source_digests(sequence, pool)
     found = pool.lookup(wanted)
     return found if len(found) == len(wanted) else []

@@ -89,8 +89,16 @@ class Readout(enum.Enum):
     EMBEDDING = "embedding"  # pooled, and through the checkpoint's dense modules [dimensions]
     SCORES = "scores"  # the head's: [labels], or [n, labels] of a head that reads every token
     CANDIDATES = "candidates"  # the vocabulary head's most probable tokens at some positions
-    ATTENTION = "attention"  # the weights of some layers and heads [layers, heads, n, n]
+    ATTENTION = "attention"  # the weights of some layers and heads [layers, heads, queries, keys]
     DISTRIBUTION = "distribution"  # the next token's, before and after each step of sampling
+
+
+class AttentionOf(enum.Enum):
+    """Which attention of an encoder-decoder; all others have OWN alone."""
+
+    OWN = "own"  # of the prompt's tokens to one another
+    SOURCE = "source"  # of the source's tokens to one another, in the encoder
+    CROSS = "cross"  # of the prompt's tokens to the source's
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,7 @@ class EncodingParams:
     targets: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()  # of ATTENTION, in rising order
     heads: tuple[int, ...] = ()
+    attention_of: AttentionOf = AttentionOf.OWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,14 +25,14 @@ from salver.model.sampling import (
 )
 from salver.model.transfer import tensor_on
 from salver.model.transformer import Classifying, Decoder, OnAttention, SourceDecoder
-from salver.server.engine.attention_rows import AttentionRows
+from salver.server.engine.attention_rows import AttentionRows, source_observer
 from salver.server.engine.batch import Batch, Part, build_batch
 from salver.server.engine.beam import Candidate, num_candidates
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.graphs import DecodeGraphs
 from salver.server.engine.readouts import Dense, distribution_arrays, read_scores, read_states
-from salver.server.engine.request import EncodingParams, EngineRequest, Logprobs, Readout
+from salver.server.engine.request import AttentionOf, EncodingParams, EngineRequest, Logprobs, Readout
 from salver.server.engine.scheduler import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
 from salver.server.engine.source_reader import SourceReader
@@ -109,7 +109,7 @@ class ModelRunner:
             and item.sequence.request.encoding.readout is Readout.ATTENTION
         }
 
-        def observe(layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+        def observe(layer: int, query: Tensor, key: Tensor | None, scoring: Scoring) -> None:
             for rows in observed.values():
                 rows.take(layer, query, key, scoring)
 
@@ -126,9 +126,10 @@ class ModelRunner:
         ]
         try:
             if self._sources is not None:
-                self._sources.read(schedule.scheduled)
+                self._sources.read(schedule.scheduled, source_observer(observed.values()))
                 self._sources.attach(batch.attention, schedule.scheduled)
-            hidden = self._forward(batch, observe if observed else None)
+            looks = any(rows.of is not AttentionOf.SOURCE for rows in observed.values())
+            hidden = self._forward(batch, observe if looks else None)
             logits = self.logits(hidden, rows)
         finally:
             wait([masks])  # it works on sequences that a failed step's halves need again
@@ -142,7 +143,7 @@ class ModelRunner:
             if request.prompt_top_k is not None:
                 self._prompt_logprobs(item, hidden, first_row, results[i])
             if i in observed:
-                observed[i].read(results[i])
+                observed[i].read(results[i], self._sources)
             elif request.encoding is not None:
                 self._read(item, request.encoding, hidden, first_row, results[i])
         return StepResult(results, model_duration)

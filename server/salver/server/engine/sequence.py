@@ -7,6 +7,7 @@ import enum
 from salver.server.engine.accounting import Account
 from salver.server.engine.blocks import block_digest, root_digest
 from salver.server.engine.request import (
+    AttentionOf,
     EngineRequest,
     FinishReason,
     SequenceTimings,
@@ -136,6 +137,12 @@ class Sequence:
         if self.request.encoding is not None or not self.shares_prefix:
             return False
         return self.request.prompt_top_k is None or self.next_prompt_logprob >= self.num_prompt_tokens
+
+    @property
+    def reads_source_cache(self) -> bool:
+        """A source of which attention is to be read is read again."""
+        encoding = self.request.encoding
+        return encoding is None or encoding.attention_of is not AttentionOf.SOURCE
 
     @property
     def ending(self) -> bool:

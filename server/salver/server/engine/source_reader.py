@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from salver.model.attention import AttentionBatch, into_slots, over_sources
 from salver.model.cache import KVCache
-from salver.model.encoder import build_encoder_batch
+from salver.model.encoder import Masks, OnHeads, SelfAttention, build_encoder_batch
 from salver.model.transformer import SourceDecoder
 from salver.server.engine.scheduler import Scheduled
+from salver.server.engine.sequence import Sequence as EngineSequence
+
+# Is told, of each source that is read, its sequence, the encoder's layer, its attention, its heads
+# [n, 3, heads, head_dim] and masks.
+OnSource = Callable[[EngineSequence, int, SelfAttention, Tensor, Masks], None]
 
 
 class SourceReader:
@@ -36,16 +43,30 @@ class SourceReader:
         """Reads with another model of the same spec from now on."""
         self._model = model
 
-    def read(self, items: Sequence[Scheduled]) -> None:
+    def read(self, items: Sequence[Scheduled], on_source: OnSource | None = None) -> None:
         """Reads the sources that these parts begin with."""
         # Equal lengths side by side are one call of attention.
         new = sorted((item for item in items if item.reads_source), key=lambda item: item.num_source_tokens)
-        if new:
-            sequences = [item.sequence for item in new]
-            self._encode(
-                [sequence.request.source_token_ids for sequence in sequences],
-                [sequence.cross_table for sequence in sequences],
-            )
+        if not new:
+            return
+        sequences = [item.sequence for item in new]
+        bounds = [0, *itertools.accumulate(sequence.num_source_tokens for sequence in sequences)]
+
+        def tell(layer: int, attention: SelfAttention, heads: Tensor, masks: Masks) -> None:
+            assert on_source is not None
+            for sequence, (begin, end) in zip(sequences, itertools.pairwise(bounds), strict=True):
+                on_source(sequence, layer, attention, heads[begin:end], masks)
+
+        self._encode(
+            [sequence.request.source_token_ids for sequence in sequences],
+            [sequence.cross_table for sequence in sequences],
+            None if on_source is None else tell,
+        )
+
+    def keys(self, sequence: EngineSequence, layer: int) -> Tensor:
+        """float32 [n, kv_heads, head_dim]: what a layer of the decoder compares queries with."""
+        found = self._model.source_keys(self._cache, layer, sequence.cross_table)
+        return found[: sequence.num_source_tokens]
 
     def attach(self, batch: AttentionBatch, items: Sequence[Scheduled]) -> None:
         """Tells the rows of a step where their sources are."""
@@ -53,14 +74,19 @@ class SourceReader:
         lengths = [sequence.num_source_tokens for sequence in sequences]
         batch.source = over_sources(batch, [sequence.cross_table for sequence in sequences], lengths)
 
-    def _encode(self, sources: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]) -> None:
+    def _encode(
+        self,
+        sources: Sequence[Sequence[int]],
+        tables: Sequence[Sequence[int]],
+        on_heads: OnHeads | None = None,
+    ) -> None:
         lengths, device = list(map(len, sources)), self._model.device
         inputs = [list(source) for source in sources]
         batch = build_encoder_batch(
             self._spec, inputs, [()] * len(inputs), row_multiple=self._row_multiple, device=device
         )
         slots = into_slots(tables, lengths, batch.token_ids.numel(), self._cache.block_size, device)
-        self._model.encode(batch, self._cache, slots, self._on_progress)
+        self._model.encode(batch, self._cache, slots, self._on_progress, on_heads)
 
     # ---- for measurements, all in the null block ----
 

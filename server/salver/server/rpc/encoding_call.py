@@ -32,10 +32,11 @@ from salver.server.engine.request import (
 )
 from salver.server.metrics import Metrics
 from salver.server.rpc import convert
-from salver.server.rpc.errors import out_of_range, task_not_supported
+from salver.server.rpc.errors import out_of_range
 from salver.server.rpc.generation import deadline_of
 from salver.server.rpc.prompts import PromptReader
 from salver.server.rpc.served import Front, ServedModel
+from salver.server.rpc.sources import NO_SOURCE, Source
 from salver.server.rpc.submission import Submissions, next_request_id
 from salver.server.rpc.validation import Violations, check_priority
 from salver.v1 import common_pb2
@@ -146,16 +147,18 @@ class EncodingCall:
         inputs: Sequence[EncodedText],
         params: Sequence[EncodingParams],
         next_token: NextToken | None = None,
+        source: Source = NO_SOURCE,
     ) -> Computed:
         """Of every input what its params ask for. Raises ApiError and EngineError.
 
-        `next_token`: how it would be chosen, where that is asked for.
+        `next_token`: how it would be chosen, where that is asked for. `source`: what an encoder-decoder
+        reads beside the inputs, which are of its decoder and begin with the source's `start`.
         """
         next_token = next_token or NextToken()
-        num_tokens = sum(map(len, inputs)) + len(inputs) * len(next_token.output_token_ids)
+        made = [self._request(*both, next_token, source) for both in zip(inputs, params, strict=True)]
+        num_tokens = sum(request.num_input_tokens + len(next_token.output_token_ids) for request in made)
         self._permit.add_tokens(num_tokens)
         self._books.submitted(submitted := time.monotonic())
-        made = (self._request(*both, next_token) for both in zip(inputs, params, strict=True))
         sinks = [ArraySink(replace(request, submitted=submitted), self._books) for request in made]
         self._permit.check_deadline([sink.request for sink in sinks])
         for sink in sinks:
@@ -175,10 +178,14 @@ class EncodingCall:
             self._metrics.succeeded("encode")
         return Computed(list(arrays), num_tokens, timings, self._books if self._explain else None)
 
-    def _request(self, tokens: EncodedText, encoding: EncodingParams, next_token: NextToken) -> EngineRequest:
+    def _request(
+        self, tokens: EncodedText, encoding: EncodingParams, next_token: NextToken, source: Source
+    ) -> EngineRequest:
         return EngineRequest(
             request_id=next_request_id(),
             prompt_token_ids=tokens.token_ids,
+            source_token_ids=source.token_ids,
+            num_start_tokens=len(source.start),
             sampling=next_token.sampling,
             stopping=next_token.stopping,
             outputs=(next_token.output_token_ids,),
@@ -255,8 +262,6 @@ class EngineCalls:
         num_inputs: int = 1,
     ) -> EncodingCall:
         """Admits the call. Raises ApiError: also for the violations found so far."""
-        if model.source is not None:
-            raise task_not_supported(f"it is not implemented for encoder-decoders ({model.architecture})")
         priority = check_priority(request, violations)
         violations.raise_any()
         return EncodingCall(

@@ -266,7 +266,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             read_prompt = read_conversation(request, model, self._prompts, violations, tools=request.tools)
             violations.found += check_tools(request, model)
         else:
-            check_prompt(request.prompt, "prompt", model.limits.vocab_size, violations)
+            check_prompt(request.prompt, "prompt", model.input_vocab_size, violations)
 
             async def read_prompt() -> tuple[str, tuple[int, ...]]:
                 return "", await self._prompts.prompt(request.prompt, model)

@@ -175,7 +175,9 @@ def _checked(request: Any, model: ServedModel) -> tuple[int | None, int]:
     else:
         for position, item in enumerate(request.inputs):
             field = f"inputs[{position}]"
-            check_prompt(item.context, f"{field}.context", limits.vocab_size, violations, may_be_empty=True)
+            check_prompt(
+                item.context, f"{field}.context", model.input_vocab_size, violations, may_be_empty=True
+            )
             check_prompt(item.continuation, f"{field}.continuation", limits.vocab_size, violations)
     check_languages(request, model, violations)
     violations.raise_any()

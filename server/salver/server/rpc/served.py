@@ -151,6 +151,11 @@ class ServedModel:
         return self.spec.encoder if isinstance(self.spec, ModelSpec) else None
 
     @property
+    def input_vocab_size(self) -> int:
+        """Of prompts, which an encoder-decoder's encoder reads; limits.vocab_size is of what is written."""
+        return self.limits.vocab_size if self.source is None else self.source.vocab_size
+
+    @property
     def forced_eos_token_id(self) -> int | None:
         """What the checkpoint ends an output with that reaches its limit."""
         return self.spec.forced_eos_token_id if isinstance(self.spec, ModelSpec) else None

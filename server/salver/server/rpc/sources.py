@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from salver.model.spec import ModelSpec
+from salver.model.tokenizer.encoding import EncodedText
 from salver.server.engine.beam import beam_capacity
 from salver.server.engine.request import BeamParams
 from salver.server.rpc.configuration import CHECKPOINT
@@ -24,6 +25,9 @@ class Source:
 
     token_ids: tuple[int, ...]
     start: tuple[int, ...]
+
+
+NO_SOURCE = Source((), ())
 
 
 def check_languages(request: Any, model: ServedModel, violations: Violations) -> None:
@@ -75,6 +79,12 @@ def source_of(request: Any, token_ids: Sequence[int], model: ServedModel) -> Sou
     if start is None or start in languages.values():  # mBART's output begins with nothing but its language
         return Source(tuple(ids), (target,))
     return Source(tuple(ids), (start, target))
+
+
+def told_languages(tokens: EncodedText, source: Source) -> EncodedText:
+    """The text that became this source, with the languages that it was told."""
+    added = source.token_ids[: len(source.token_ids) - len(tokens)]
+    return replace(tokens.around(added), token_ids=source.token_ids)
 
 
 def _say_language(ids: list[int], language: int, languages: set[int]) -> None:
@@ -150,15 +160,21 @@ def score_prompt(
     if not output_ids:
         raise invalid_argument([Violation(f"{field}.continuation", "tokenizes to nothing")])
     source = source_of(request, source_ids, model)
-    check_source_length(len(source.token_ids), f"{field}.context", model)
-    output = (*source.start, *output_ids)
-    capacity = output_capacity(source, model)
-    if len(output) > capacity:
+    check_output(source, len(output_ids), f"{field}.context", f"{field}.continuation", model)
+    return source, (*source.start, *output_ids)
+
+
+def check_output(source: Source, num_tokens: int, context: str, field: str, model: ServedModel) -> None:
+    """Raises ApiError (OUT_OF_RANGE) for a source or a given output that is too long.
+
+    `context` and `field` are what the request calls them.
+    """
+    check_source_length(len(source.token_ids), context, model)
+    room = output_capacity(source, model) - len(source.start)
+    if num_tokens > room:
         raise out_of_range(
-            f"{field}.continuation is {len(output_ids)} tokens; beside its source an output has room for "
-            f"{max(0, capacity - len(source.start))}",
+            f"{field} is {num_tokens} tokens; beside its source an output has room for {max(0, room)}",
             prompt_tokens=len(source.token_ids),
             max_model_len=model.limits.max_model_len,
             kv_cache_tokens=model.limits.cache_tokens,
         )
-    return source, output

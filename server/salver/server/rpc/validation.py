@@ -171,7 +171,9 @@ def check_generation(request: Any, model: ServedModel, violations: Violations) -
     if request.HasField("resume"):
         resume = request.resume
         resumed = _check_resumed_samples(resume, n, max_tokens, limits, violations)
-        check_token_ids(resume.prompt_token_ids, "resume.prompt_token_ids", limits.vocab_size, violations)
+        check_token_ids(
+            resume.prompt_token_ids, "resume.prompt_token_ids", model.input_vocab_size, violations
+        )
         resumed_prompt = tuple(resume.prompt_token_ids) or None
         if request.sampling.HasField("seed"):
             if resume.seed and resume.seed != seed:

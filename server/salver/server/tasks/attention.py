@@ -11,7 +11,7 @@ from salver.server.tasks.scores import Array
 
 
 def head_mean(weights: Array) -> Array:
-    """[layers, 1, n, n] of [layers, heads, n, n]."""
+    """[layers, 1, queries, keys] of [layers, heads, queries, keys]."""
     return np.asarray(weights.mean(axis=1, keepdims=True))
 
 
@@ -58,19 +58,18 @@ def _parted(text: str, tokens: EncodedText, last: int, place: int) -> bool:
     return any(c.isspace() for c in between) or text[start:end][:1].isspace()
 
 
-def merged(weights: Array, groups: list[list[int]]) -> Array:
-    """[..., w, w] of [..., n, n]: the mean over a word's queries, the sum over a word's keys.
+def merged(weights: Array, queries: list[list[int]], keys: list[list[int]]) -> Array:
+    """By words, of [..., queries, keys]: the mean over a word's queries, the sum over a word's keys.
 
     Rows that summed to 1 still do.
     """
-    starts = [group[0] for group in groups]
-    keys = np.add.reduceat(weights, starts, axis=-1)
-    counts = np.array([len(group) for group in groups], dtype=weights.dtype)
-    return np.asarray(np.add.reduceat(keys, starts, axis=-2) / counts[:, None])
+    summed = np.add.reduceat(weights, [group[0] for group in keys], axis=-1)
+    counts = np.array([len(group) for group in queries], dtype=weights.dtype)
+    return np.asarray(np.add.reduceat(summed, [group[0] for group in queries], axis=-2) / counts[:, None])
 
 
 def strongest(weights: Array, count: int) -> list[tuple[int, int, float]]:
-    """(query, key, weight) of the `count` strongest keys of each query of [n, n], strongest first."""
+    """(query, key, weight) of each query's `count` strongest keys, of [queries, keys], strongest first."""
     order = np.argsort(-weights, axis=-1, kind="stable")[:, :count]
     return [
         (query, int(key), float(weights[query, key]))
