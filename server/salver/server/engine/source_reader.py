@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from salver.model.adapters import AdapterSet
 from salver.model.attention import AttentionBatch, into_slots, over_sources
 from salver.model.cache import KVCache
 from salver.model.encoder import build_encoder_batch
@@ -36,12 +37,17 @@ class SourceReader:
         """Reads with another model of the same spec from now on."""
         self._model = model
 
-    def read(self, items: Sequence[Scheduled]) -> None:
-        """Reads the sources that these parts begin with."""
+    def read(self, items: Sequence[Scheduled], adapters: AdapterSet | None = None) -> None:
+        """Reads the sources that these parts begin with, under their adapters.
+
+        Whose the rows of the decoder's step are is forgotten.
+        """
         # Equal lengths side by side are one call of attention.
         new = sorted((item for item in items if item.reads_source), key=lambda item: item.num_source_tokens)
         if new:
             sequences = [item.sequence for item in new]
+            if adapters is not None:
+                adapters.select_sources([(s.request.adapter, s.num_source_tokens) for s in sequences])
             self._encode(
                 [sequence.request.source_token_ids for sequence in sequences],
                 [sequence.cross_table for sequence in sequences],
