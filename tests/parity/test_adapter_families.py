@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from support.adapters import AdaptedStack, kinds_of, name_of, write_random_adapter
 from support.decoders import VARIANTS, VOCAB, write
 from support.encoders import Oracle, family_of, load, write_encoder
@@ -81,14 +84,20 @@ def test_what_peft_computes(name: str, tmp_path: Path) -> None:
 ENCODERS = {family_of(name): name for name in (
     "BertForSequenceClassification", "RobertaForSequenceClassification", "AlbertForTokenClassification",
     "DistilBertForQuestionAnswering", "ElectraForSequenceClassification",
-    "ModernBertForSequenceClassification", "MPNetModel",
+    "ModernBertForSequenceClassification", "MPNetModel", "NomicBertForSequenceClassification",
+    "DebertaV2ForSequenceClassification",
 )}  # fmt: skip
+OWN_DISTANCES = {"share_att_key": False}  # of DeBERTa: products of their own make them
 
 
-@pytest.mark.parametrize("architecture", ENCODERS.values(), ids=ENCODERS)
-def test_what_peft_computes_of_encoders(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [*((name, {}) for name in ENCODERS.values()), (ENCODERS["DebertaV2"], OWN_DISTANCES)],
+    ids=[*ENCODERS, "DebertaV2 own"],
+)
+def test_what_peft_computes_of_encoders(architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """In one batch of the engine's runner, inputs of two lengths under every adapter and none."""
-    write_encoder(tmp_path, architecture)
+    write_encoder(tmp_path, architecture, **changes)
     model, oracle = load(tmp_path), Oracle(tmp_path, architecture)
     base, original = AdapterBase.of(model), oracle.model
     heads = [n for n, _ in original.named_children() if n in ("classifier", "score", "qa_outputs")]
@@ -129,6 +138,39 @@ def scheduled(number: int, ids: list[int], readout: Readout, adapter: str) -> Sc
         encoding=EncodingParams(readout, whole=True),
     )  # fmt: skip
     return Scheduled(Sequence(request, 0, (), (0, 0.0, 0.0, 1, 0)), 0, len(ids))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_experts_that_were_modules(family: str, tmp_path: Path) -> None:
+    """As transformers 4 had them: an adapter of each expert's linear maps, of ranks of their own."""
+    reference = write(tmp_path, VARIANTS[FAMILIES[family]])
+    parts = "w1 w3 w2" if family == "Mixtral" else "gate_proj up_proj down_proj"
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "gate", *parts.split()],
+        "task_type": "CAUSAL_LM", "base_model_name_or_path": str(tmp_path),
+    }  # fmt: skip
+    spec = AdapterBase.of(load_model(tmp_path, device=CPU, dtype=torch.float32))
+    torch.manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in config["target_modules"] and tensor.dim() == 2:
+            out, width = tensor.shape
+            tensors[f"base_model.model.{module}.lora_A.weight"] = 0.3 * torch.randn(2, width)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = 0.3 * torch.randn(out, 2)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    theirs = PeftModel.from_pretrained(reference, adapter).eval()
+    (prompt,) = random_prompts(VOCAB, [19])
+    expected = logits(theirs, prompt)
+    stack = AdaptedStack(tmp_path)
+    stack.put(AdapterSet(stack.model, {"experts": load_adapter(adapter, spec)}, 4))
+    base = stack.logits(prompt)
+    stack.names[-1] = "experts"
+    assert float((stack.logits(prompt, 7) - expected).abs().max()) < TOLERANCE
+    assert float((base - expected).abs().max()) > 100 * TOLERANCE
 
 
 # ---- the native kernel ----

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from support.stack import CPU
 from transformers import AutoModelForCausalLM
 from unit.test_engine_core import Sink, request
 
+from salver.model.adapter_config import OF_TRAINING, READ, AdapterConfig
 from salver.model.adapters import AdapterBase, AdapterSet, load_adapter
 from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
@@ -43,9 +44,12 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "some": {
             "r": 8, "lora_alpha": 32, "target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1],
+            "layers_pattern": "layers", "exclude_modules": r".*layers\.0\..*",
+            "init_lora_weights": "gaussian",
         },
     },
-    "tiny_gpt2": {"all": {"r": 4, "lora_alpha": 16, "target_modules": ["c_attn", "c_proj", "c_fc"]}},
+    "tiny_gpt2": {"all": {"r": 4, "lora_alpha": 16, "target_modules": ["c_attn", "c_proj", "c_fc"],
+                          "fan_in_fan_out": True}},
 }  # fmt: skip
 
 
@@ -143,6 +147,18 @@ def test_a_cached_prefix_belongs_to_its_adapter(family: tuple[Path, dict[str, Pa
     assert cached == [0, 0, 24, 24]
 
 
+def test_every_field_of_peft_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    """Also those of versions to come: what is not known here and is set, is refused."""
+    file = tmp_path / "adapter_config.json"
+    for name in [field.name for field in fields(LoraConfig)]:
+        if name in READ or name in OF_TRAINING:
+            continue
+        file.write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, name: {"some": 1}}))
+        with pytest.raises(CheckpointError, match=f"{name} is .*, which is not implemented"):
+            AdapterConfig(file)
+    assert not (READ | OF_TRAINING) - {field.name for field in fields(LoraConfig)}
+
+
 def changed(directory: Path, **values: Any) -> None:
     file = directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -156,6 +172,15 @@ def with_tensor(directory: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file(tensors, directory / "adapter_model.safetensors")
 
 
+def with_tokens(directory: Path, indices: list[int], rows: torch.Tensor, said: bool = False) -> None:
+    """Rows of some tokens; `said`: also in the config."""
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    with_tensor(directory, lambda tensors: tensors.update({name: rows}))
+    if said:
+        changed(directory, trainable_token_indices=indices)
+
+
+OTHER = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 NORM = {"base_model.model.model.norm.weight": torch.full((64,), 2.0)}
 
@@ -165,7 +190,14 @@ NORM = {"base_model.model.model.norm.weight": torch.full((64,), 2.0)}
     [
         (lambda d: changed(d, use_dora=True), "q_proj.lora_magnitude_vector is missing"),
         (lambda d: changed(d, modules_to_save=["lm_head"]), "lm_head.weight of modules_to_save is missing"),
-        (lambda d: changed(d, target_parameters=["experts.down_proj"]), "target_parameters"),
+        (lambda d: changed(d, target_parameters=["down_proj.weight"]), "mlp.down_proj.lora_A.weight is miss"),
+        (lambda d: changed(d, target_modules=["q_proj", "v_proj"]), "v_proj.lora_A.weight is missing"),
+        (lambda d: with_tensor(d, lambda t: [t.pop(OTHER.format(k)) for k in "AB"]), "layers.1.self_att"),
+        (lambda d: changed(d, trainable_token_indices=[5]), "tensor trainable_tokens_delta is missing"),
+        (lambda d: with_tokens(d, [1, 2], torch.zeros(2, 64)), "is of no module in trainable_token_indices"),
+        (lambda d: with_tokens(d, [1, 2], torch.zeros(3, 64), True), "trainable_tokens_delta has shape"),
+        (lambda d: with_tokens(d, [1, 9999], torch.zeros(2, 64), True), "trainable_token_indices has 9999"),
+        (lambda d: with_tokens(d, [1, 1], torch.zeros(2, 64), True), "token ids were expected"),
         (lambda d: changed(d, some_new_field=1), "some_new_field"),
         (lambda d: changed(d, target_modules=["v_proj"]), "q_proj.lora_A.weight is of no module in target"),
         (lambda d: changed(d, layers_to_transform=[1]), "layers.0.self_attn.q_proj.lora_A.weight is of no"),

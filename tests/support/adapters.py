@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,28 @@ def kinds_of(model: Any) -> dict[str, dict[str, Any]]:
     embed, head = (
         name_of(model, module) for module in (model.get_input_embeddings(), model.get_output_embeddings())
     )
-    # Of a mixture of experts "all-linear" means the experts too, which are not done.
-    mixed = any("experts" in name for name, _ in model.named_modules())
-    linear = {"target_modules": r".*self_attn\.\w+_proj" if mixed else "all-linear"}
+    linear: dict[str, Any] = {"target_modules": "all-linear"}
+    mixed: dict[str, Any] = {}
+    plain = linear
+    if any("experts" in name for name, _ in model.named_modules()):
+        # Experts are parameters, to which nothing but plain matrices is added; "all-linear" means them too.
+        plain = {"target_modules": r".*self_attn\.\w+_proj"}
+        router = next(
+            name for name, _ in model.named_parameters() if re.search(r"\.(gate|router)\.weight", name)
+        )
+        mixed["experts"] = {
+            "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj", router],
+            "r": 3, "rank_pattern": {r".*\.down_proj": 2}, "alpha_pattern": {r".*\.gate_up_proj": 11},
+        }  # fmt: skip
+        mixed["one"] = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], "r": 2}
     return {
         "lora": {**linear, "r": 3, "lora_alpha": 5, "use_rslora": True},
-        "dora": {**linear, "r": 2, "lora_alpha": 3, "use_dora": True, "bias": "lora_only"},
-        "saved": {**linear, "r": 2, "bias": "all", "modules_to_save": [*norms_of(model), head]},
+        "dora": {**plain, "r": 2, "lora_alpha": 3, "use_dora": True, "bias": "lora_only"},
+        "saved": {**plain, "r": 2, "bias": "all", "modules_to_save": [*norms_of(model), head]},
         "embed": {"target_modules": [embed, head], "r": 2, "lora_alpha": 6, "use_dora": True},
         "table": {"target_modules": [head], "r": 2, "lora_bias": True, "modules_to_save": [embed]},
+        "tokens": {**plain, "r": 1, "trainable_token_indices": {embed: list(range(0, 90, 9))}},
+        **mixed,
     }
 
 
@@ -72,6 +86,11 @@ class AdaptedStack(Stack):
 
     def put(self, adapters: AdapterSet) -> None:
         self.adapters, self.names = adapters, {}
+
+    def read(self, sources: dict[int, Sequence[int]]) -> None:
+        order = sorted(sources, key=lambda sequence: len(sources[sequence]))
+        self.adapters.select_sources([(self.names.get(s, ""), len(sources[s])) for s in order])
+        super().read(sources)
 
     def step(self, parts: Sequence[tuple[int, Sequence[int]]], padding: int = 0) -> list[Tensor]:
         rows, begin = [], 0

@@ -12,7 +12,7 @@ from .config_reader import read_json
 from .errors import CheckpointError
 
 # What says how an adapter was trained or saved, and nothing of what it computes.
-_OF_TRAINING = frozenset(
+OF_TRAINING = frozenset(
     (
         "auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config "
         "lora_dropout lora_ga_config megatron_core peft_version qalora_group_size revision "
@@ -20,11 +20,11 @@ _OF_TRAINING = frozenset(
     ).split()
 )
 # What is read here; `fan_in_fan_out` is seen in the base, and which layers there are in the tensors.
-_READ = frozenset(
+READ = frozenset(
     (
         "alpha_pattern bias exclude_modules fan_in_fan_out init_lora_weights layers_pattern "
         "layers_to_transform lora_alpha lora_bias modules_to_save peft_type r rank_pattern target_modules "
-        "use_dora use_rslora"
+        "target_parameters trainable_token_indices use_dora use_rslora"
     ).split()
 )
 _NEUTRAL: tuple[object, ...] = (None, False, "", [], {})
@@ -40,15 +40,15 @@ class AdapterConfig:
         self._path = path
         self._values: dict[str, Any] = read_json(path)
         if self._values.get("peft_type") != "LORA":
-            raise self._error(f"peft_type is {self._values.get('peft_type')!r}; LORA was expected")
+            raise self.error(f"peft_type is {self._values.get('peft_type')!r}; LORA was expected")
         for name, value in self._values.items():
-            if name not in _READ and name not in _OF_TRAINING and value not in _NEUTRAL:
-                raise self._error(f"{name} is {json.dumps(value)}, which is not implemented")
+            if name not in READ and name not in OF_TRAINING and value not in _NEUTRAL:
+                raise self.error(f"{name} is {json.dumps(value)}, which is not implemented")
         start = self._values.get("init_lora_weights")
         if start not in _STARTS:
-            raise self._error(f"init_lora_weights is {start!r}, which changes the base's weights")
+            raise self.error(f"init_lora_weights is {start!r}, which changes the base's weights")
         if self._values.get("bias", "none") not in ("none", "all", "lora_only"):
-            raise self._error(f"bias is {self._values['bias']!r}; none, all or lora_only was expected")
+            raise self.error(f"bias is {self._values['bias']!r}; none, all or lora_only was expected")
 
     @property
     def use_dora(self) -> bool:
@@ -62,13 +62,13 @@ class AdapterConfig:
     def rank(self, module: str) -> int:
         value = self._of("rank_pattern", module, "r")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._error(f"the rank of {module} is {value!r}; a whole number was expected")
+            raise self.error(f"the rank of {module} is {value!r}; a whole number was expected")
         return value
 
     def scaling(self, module: str) -> float:
         alpha = self._of("alpha_pattern", module, "lora_alpha")
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise self._error(f"the alpha of {module} is {alpha!r}, not a number")
+            raise self.error(f"the alpha of {module} is {alpha!r}, not a number")
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self._values.get("use_rslora") else rank)
 
@@ -98,6 +98,39 @@ class AdapterConfig:
             found = found or self._matches("layers_pattern", pattern, module)
         return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
+    @property
+    def target_names(self) -> list[str]:
+        """Ends of the names of modules and parameters that have low-rank matrices, where they are listed."""
+        targets = self._values.get("target_modules")
+        listed = [] if targets is None or isinstance(targets, str) else self._names("target_modules")
+        return [*listed, *self._names("target_parameters")]
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether a parameter, "layers.0.mlp.experts.down_proj", has low-rank matrices of its own."""
+        return any(f".{name}".endswith(f".{target}") for target in self._names("target_parameters") if target)
+
+    @property
+    def trains_tokens(self) -> bool:
+        return bool(self._values.get("trainable_token_indices"))
+
+    @property
+    def token_modules(self) -> list[str]:
+        """Ends of the names of modules that have rows of some tokens, where they are named."""
+        value = self._values.get("trainable_token_indices")
+        return list(value) if isinstance(value, dict) else []
+
+    def token_indices(self, module: str) -> list[int] | None:
+        """Which tokens' rows a module has anew; None: it is not among those that have."""
+        value = self._values.get("trainable_token_indices")
+        if isinstance(value, dict):
+            value = next((v for name, v in value.items() if f".{module}".endswith(f".{name}")), None)
+        if value is None:
+            return None
+        good = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+        if not good or len(set(value)) < len(value):
+            raise self.error(f"trainable_token_indices has {json.dumps(value)}; token ids were expected")
+        return list(value)
+
     def _is_named(self, field: str, wanted: str | list[str], module: str) -> bool:
         """By a regular expression of the whole name, or by its end."""
         if isinstance(wanted, str):
@@ -108,7 +141,7 @@ class AdapterConfig:
         value = self._values.get(field) or []
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise self._error(f"{field} is {json.dumps(value)}; names were expected")
+            raise self.error(f"{field} is {json.dumps(value)}; names were expected")
         return names
 
     def _of(self, patterns: str, module: str, otherwise: str) -> Any:
@@ -122,7 +155,7 @@ class AdapterConfig:
         try:
             return re.match(pattern, module)
         except re.error as error:
-            raise self._error(f"{field}: {pattern!r}: {error}") from error
+            raise self.error(f"{field}: {pattern!r}: {error}") from error
 
-    def _error(self, text: str) -> CheckpointError:
+    def error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: {text}")

@@ -6,24 +6,24 @@ ours, row by row, so that what the stack fuses or reorders needs no word here.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from .adapter_base import HEAD, SHARED, AdapterBase
 from .adapter_config import AdapterConfig
-from .encoder import Encoder
+from .adapter_experts import PARAMETERS, ExpertMatrices
+from .adapter_tensors import AdaptedTensors, RowTrace
+from .disentangled import DistanceProduct
 from .errors import CheckpointError
+from .experts import ExpertProducts
 from .layers import Embedding, Linear, Norm
-from .loader import CheckpointTensors, SourceWriter
-from .spec import Copy, Mxfp4, Source, WeightMap, names_of
-from .transformer import Transformer
+from .spec import Taps, names_of
 from .weights import PickleFile, SafetensorsFile, WeightFile
 
 _FILES = (("adapter_model.safetensors", SafetensorsFile), ("adapter_model.bin", PickleFile))
@@ -34,9 +34,11 @@ _LOW_RANK = re.compile(
     r"|(?P<magnitude>magnitude_vector)(?:\.default)?(?:\.weight)?)"
 )
 _SAVED = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(weight|bias)")
+_TOKENS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+_WRAPPED = ".base_layer"  # of a module whose parameters are adapted one by one
 # With modules_to_save, `bias` "all" saves the biases of those in whose place they are, which nobody computes.
 _NOT_COMPUTED = re.compile(r".+\.original_module\.bias")
-HEAD = "head"  # of our modules; its matrix may be the embeddings'
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,8 @@ class LowRank:
     """What is added to a product: scale * (x W^T + x A^T B^T) in the place of x W^T.
 
     Attributes:
-        a: float32 [rank, in]; of an embedding [rank, vocab].
-        b: float32 [out, rank], with the adapter's scaling.
+        a: float32 [rank, in]; of an embedding [rank, vocab], of experts [experts, rank, in].
+        b: float32 [out, rank], with the adapter's scaling; of experts [experts, out, rank].
         scale: float32 [out], DoRA's magnitudes over the norms of W + BA; None: 1.
     """
 
@@ -79,72 +81,6 @@ class Adapter:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-@dataclass(frozen=True)
-class AdapterBase:
-    """What an adapter is put on: the names, shapes and files of a model's weights.
-
-    It holds no weight, and stays right when the native kernel has taken the model's over.
-    """
-
-    checkpoint: Path
-    weights: WeightMap
-    sources: Mapping[str, Source]
-    shapes: Mapping[str, tuple[int, ...]]
-    kinds: Mapping[str, type[nn.Module]]  # by the module's name: Linear, Embedding, Norm
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, model: object) -> AdapterBase:
-        """Of a model that `load_model` or `load_encoder` made, or that the native kernel made of one."""
-        if isinstance(model, AdapterBase):
-            return model
-        if not isinstance(model, Transformer | Encoder):
-            assert isinstance(model, Packed)
-            return model.adapter_base
-        if model.checkpoint is None:
-            raise ValueError("the model was not loaded from a checkpoint")
-        weights = model.spec.weights
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        kinds: dict[str, type[nn.Module]] = {}
-        for name, module in model.named_modules():
-            for kind in (Linear, Embedding, Norm):
-                if isinstance(module, kind):
-                    kinds[name] = kind
-        sources = weights.expanded(model.spec.num_layers)
-        # A matrix that two parts share can be adapted in each by itself.
-        if isinstance(model, Transformer) and model.tied_head is not None:
-            for name, original in weights.duplicates:
-                if sources.get("embed.weight") == Copy(original):
-                    sources["head.weight"] = Copy(name)
-                    shapes["head.weight"] = shapes["embed.weight"]
-                    kinds[HEAD] = Linear
-        return cls(model.checkpoint, weights, sources, shapes, kinds, model.dtype)
-
-    @functools.cached_property
-    def parts(self) -> dict[str, list[str]]:
-        """By the name of the checkpoint's tensor, our parameters that read it."""
-        found: dict[str, list[str]] = {}
-        for ours, source in self.sources.items():
-            for name in dict.fromkeys(names_of(source)):
-                found.setdefault(name, []).append(ours)
-        return found
-
-    def canonical(self, name: str) -> str:
-        """A tensor's name as the weight map has it."""
-        name = name.removeprefix(self.weights.optional_prefix)
-        for pattern, replacement in self.weights.renames:
-            name = re.sub(f"{pattern}$", replacement, name)
-        return name
-
-
-@runtime_checkable
-class Packed(Protocol):
-    """A model whose weights the native kernel has taken over."""
-
-    @property
-    def adapter_base(self) -> AdapterBase: ...
-
-
 def load_adapter(path: Path, model: object) -> Adapter:
     """The adapter in a PEFT directory, for a model or its `AdapterBase`.
 
@@ -155,41 +91,46 @@ def load_adapter(path: Path, model: object) -> Adapter:
     config_path = path / "adapter_config.json"
     config = AdapterConfig(config_path)
     file = _open(path)
-    modules, saved = _sorted(file, base)
-    if not modules and not saved:
+    modules, saved, tokens = _sorted(file, base)
+    if not modules and not saved and not tokens:
         raise CheckpointError(f"{file.path}: there are no tensors")
-    tensors = _AdaptedTensors(base, file, saved)
-    reader = _Reader(base, config, file, tensors)
+    reader = _Reader(base, config, file, AdaptedTensors(base, file, saved))
     for name in saved:
         reader.replace(name)
     if missing := [name for name in base.parts if config.is_saved(name) and name not in saved]:
         raise CheckpointError(f"{file.path}: tensor {missing[0]} of modules_to_save is missing")
     for module, found in sorted(modules.items()):
         reader.add(module, found)
+    reader.check_complete(modules)
     reader.merge_latent()
+    reader.put_experts()
+    reader.add_tokens(tokens)
     digest = hashlib.sha256(config_path.read_bytes() + file.path.read_bytes()).hexdigest()
-    return Adapter(reader.low_rank, reader.replaced, digest, max(map(config.rank, modules), default=0))
+    return Adapter(reader.low_rank, reader.replaced, digest, reader.rank)
 
 
 @dataclass
 class _Module:
     """The tensors of a module that has low-rank matrices: the name in the file, by what they are."""
 
-    weight: str  # the base's
     tensors: dict[str, str] = field(default_factory=dict)  # A, B, bias, magnitude
     embedding: bool = False
 
 
-def _sorted(file: WeightFile, base: AdapterBase) -> tuple[dict[str, _Module], dict[str, str]]:
-    """Modules with low-rank matrices, and tensors in the place of the base's: its name to the file's."""
+def _sorted(file: WeightFile, base: AdapterBase) -> tuple[dict[str, _Module], dict[str, str], dict[str, str]]:
+    """What is in the file.
+
+    Modules with low-rank matrices; tensors in the place of the base's, its name to the file's; and modules
+    whose rows of some tokens are there, to the tensor of them.
+    """
     modules: dict[str, _Module] = {}
     saved: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     for full_name in file.names:
         wrapped = _WRAPPER.fullmatch(full_name)
         name = full_name if wrapped is None else wrapped[1]
         if match := _LOW_RANK.fullmatch(name):
-            module = match["module"]
-            kept = modules.setdefault(module, _Module(base.canonical(f"{module}.weight")))
+            kept = modules.setdefault(match["module"], _Module())
             if match["magnitude"]:
                 kind = "magnitude"
             elif match["kind"] == "bias":
@@ -198,21 +139,25 @@ def _sorted(file: WeightFile, base: AdapterBase) -> tuple[dict[str, _Module], di
                 kind = match["letter"] or match["table"]
                 kept.embedding = match["table"] is not None
             kept.tensors[kind] = full_name
+        elif match := _TOKENS.fullmatch(name):
+            tokens[match[1]] = full_name
         elif _NOT_COMPUTED.fullmatch(name):
             continue
         elif (match := _SAVED.fullmatch(name)) and "lora_" not in name:
             saved[base.canonical(f"{match[1]}.{match[2]}")] = full_name
         else:
             raise CheckpointError(f"{file.path}: tensor {full_name} is not implemented")
-    return modules, saved
+    return modules, saved, tokens
 
 
 class _Reader:
     def __init__(
-        self, base: AdapterBase, config: AdapterConfig, file: WeightFile, tensors: _AdaptedTensors
+        self, base: AdapterBase, config: AdapterConfig, file: WeightFile, tensors: AdaptedTensors
     ) -> None:
         self.low_rank: dict[str, LowRank] = {}
         self.replaced: dict[str, Tensor] = {}
+        self.rank = 0
+        self._experts = ExpertMatrices(base)
         self._base = base
         self._config = config
         self._file = file
@@ -223,23 +168,23 @@ class _Reader:
         full_name = self._tensors.saved[name]
         module, _, kind = name.rpartition(".")
         parts = self._base.parts.get(name, [])
+        parts = [ours for ours in parts if name in names_of(self._base.sources[ours])]
         whole = full_name.removeprefix("base_model.model.")
         trained = self._config.is_saved(whole) or (kind == "bias" and self._config.saves_biases)
         if not parts:
             if trained and self._is_not_read(name):
                 return
-            raise CheckpointError(f"{self._file.path}: tensor {full_name} is of no part of this model")
+            raise self._error(f"tensor {full_name} is of no part of this model")
         for ours in parts:
             value = self._tensors.adapted(ours)
             if torch.equal(value, self._tensors.original(ours)):
                 continue
             if not trained:
-                raise CheckpointError(
-                    f"{self._file.path}: tensor {full_name} differs from the base's, and {module} is none of "
-                    "modules_to_save"
+                raise self._error(
+                    f"tensor {full_name} differs from the base's, and {module} is none of modules_to_save"
                 )
             if ours.rpartition(".")[0] not in self._base.kinds:
-                raise CheckpointError(f"{self._file.path}: tensor {full_name} is not implemented")
+                raise self._error(f"tensor {full_name} is not implemented")
             self.replaced[ours] = value
 
     def _is_not_read(self, name: str) -> bool:
@@ -247,14 +192,22 @@ class _Reader:
         return any(re.fullmatch(pattern, name) for pattern in self._base.weights.ignored)
 
     def add(self, module: str, found: _Module) -> None:
-        """Low-rank matrices of one of the checkpoint's modules."""
+        """Low-rank matrices of one of the checkpoint's modules, or of one of its parameters."""
         named = found.tensors.get("A") or found.tensors.get("B") or next(iter(found.tensors.values()))
-        if not self._config.is_target(module):
-            raise CheckpointError(f"{self._file.path}: tensor {named} is of no module in target_modules")
+        whole = module
+        while whole.endswith(_WRAPPED):
+            whole = whole.removesuffix(_WRAPPED)
+        # Those of several parameters stand around one another, the last of them outermost.
+        order = PARAMETERS if whole.endswith("experts") else ("weight", "bias")
+        targets = [name for name in order if self._config.is_parameter(f"{whole}.{name}")]
+        depth = (len(module) - len(whole)) // len(_WRAPPED)
+        if depth >= len(targets) and (depth or not self._config.is_target(whole)):
+            raise self._error(f"tensor {named} is of no module in target_modules")
+        key = f"{whole}.{targets[-1 - depth]}" if targets else whole
+        if targets and key.endswith("bias"):
+            raise self._error(f"tensor {named} is of {key}, which is not implemented")
         if "bias of A" in found.tensors:
-            raise CheckpointError(
-                f"{self._file.path}: tensor {found.tensors['bias of A']} is not implemented"
-            )
+            raise self._error(f"tensor {found.tensors['bias of A']} is not implemented")
         for kind in ("A", "B", *(("magnitude",) if self._config.use_dora else ())):
             if kind not in found.tensors:
                 name = (
@@ -262,29 +215,92 @@ class _Reader:
                 )
                 if kind == "magnitude":
                     name = f"{module}.lora_magnitude_vector"
-                raise CheckpointError(f"{self._file.path}: tensor {name} is missing")
-        wanted = Embedding if found.embedding else Linear
-        parts = [ours.removesuffix(".weight") for ours in self._base.parts.get(found.weight, [])]
-        parts = [layer for layer in parts if self._base.kinds.get(layer) is wanted]
+                raise self._error(f"tensor {name} is missing")
+        self.rank = max(self.rank, self._config.rank(key))
+        layer = self._experts.layer_of(whole, key.removeprefix(f"{whole}."))
+        if layer is not None:
+            self._add_all_experts(layer, key, found)
+            return
+        weight = self._base.canonical(f"{whole}.weight")
+        parts = [ours.removesuffix(".weight") for ours in self._base.parts.get(weight, [])]
+        wanted = (Embedding,) if found.embedding else (Linear, ExpertProducts, DistanceProduct)
+        parts = [layer for layer in parts if self._is_product(layer, wanted)]
         if not parts:
-            raise CheckpointError(f"{self._file.path}: tensor {named} is of no layer of this model")
+            raise self._error(f"tensor {named} is of no layer of this model")
         for layer in parts:
-            self._add(layer, module, found)
+            if self._base.kinds[layer] is ExpertProducts:
+                self._add_expert(layer, key, weight, found)
+            else:
+                self._add(layer, key, weight, found)
 
-    def _add(self, layer: str, module: str, found: _Module) -> None:
+    def check_complete(self, modules: Iterable[str]) -> None:
+        """Raises CheckpointError if a module that should have low-rank matrices has none.
+
+        That is one whose like in another layer has some, or all that a listed name means.
+        """
+        found = {self._base.canonical(f"{module}.weight").removesuffix(".weight") for module in modules}
+        kinds = {_NUMBER.sub(".*", module) for module in found}
+        missed = set(self._config.target_names)
+        missed -= {name for name in missed for module in modules if f".{module}".endswith(f".{name}")}
+        for part, ours in self._base.parts.items():
+            module = part.removesuffix(".weight")
+            if module in found or not part.endswith(".weight") or self._config.is_saved(module):
+                continue
+            kind = self._base.kinds.get(ours[0].removesuffix(".weight"))
+            if kind is None or issubclass(kind, Norm):
+                continue
+            named = any(
+                f".{name}".endswith(end) for name in (module, part) for end in map(".{}".format, missed)
+            )
+            alike = _NUMBER.sub(".*", module) in kinds
+            if (alike or named) and (self._config.is_target(module) or self._config.is_parameter(part)):
+                raise self._error(f"tensor {module}.lora_A.weight is missing")
+
+    def _is_product(self, layer: str, wanted: tuple[type[nn.Module], ...]) -> bool:
+        # A convolution's inputs are not those of its adapter.
+        source = self._base.sources[f"{layer}.weight"]
+        return self._base.kinds.get(layer) in wanted and not isinstance(source, Taps)
+
+    def _add_all_experts(self, layer: str, key: str, found: _Module) -> None:
+        self._refuse_of_experts(found)
+        experts, out, width = self._experts.shape(layer)
+        rank = experts * self._config.rank(key)
+        a = self._read(found.tensors["A"], [rank, width])
+        self._experts.put_all(
+            layer, a, self._read(found.tensors["B"], [out, rank]) * self._config.scaling(key)
+        )
+
+    def _add_expert(self, layer: str, key: str, weight: str, found: _Module) -> None:
+        self._refuse_of_experts(found)
+        _, out, width = self._experts.shape(layer)
+        rank = self._config.rank(key)
+        expert, mine, theirs, size = self._experts.rows(layer, weight)
+        b = torch.zeros(out, rank)
+        b[mine] = (self._read(found.tensors["B"], [size, rank]) * self._config.scaling(key))[theirs]
+        self._experts.put(layer, expert, self._read(found.tensors["A"], [rank, width]), b)
+
+    def _refuse_of_experts(self, found: _Module) -> None:
+        for kind in ("magnitude", "bias of B"):
+            if kind in found.tensors:
+                raise self._error(f"tensor {found.tensors[kind]} of experts is not implemented")
+
+    def put_experts(self) -> None:
+        """What was added of experts, each layer's together."""
+        self.low_rank |= {layer: LowRank(a, b) for layer, (a, b) in self._experts.stacked().items()}
+
+    def _add(self, layer: str, key: str, weight: str, found: _Module) -> None:
         shape = self._base.shapes[f"{layer}.weight"]
         out, width = reversed(shape) if found.embedding else shape
-        trace = _RowTrace()
-        mine, theirs, size = trace.rows(self._base.sources[f"{layer}.weight"], out, found.weight)
+        mine, theirs, size = RowTrace().rows(self._base.source(f"{layer}.weight", weight), out, weight)
         if found.embedding:
             mine, theirs, size = torch.arange(out), torch.arange(out), out
-        rank = self._config.rank(module)
+        rank = self._config.rank(key)
         a = self._read(found.tensors["A"], [rank, width])
         b = torch.zeros(out, rank)
-        scaled = self._read(found.tensors["B"], [size, rank]) * self._config.scaling(module)
+        scaled = self._read(found.tensors["B"], [size, rank]) * self._config.scaling(key)
         b[mine] = scaled[theirs]
         if "bias of B" in found.tensors:
-            added = self._read(found.tensors["bias of B"], [size]) * self._config.scaling(module)
+            added = self._read(found.tensors["bias of B"], [size]) * self._config.scaling(key)
             self._add_bias(layer, out, mine, added[theirs])
         scale = None
         if "magnitude" in found.tensors:
@@ -299,6 +315,55 @@ class _Reader:
                 scale = before.scale if scale is None else before.scale * scale
         self.low_rank[layer] = LowRank(a, b, scale)
 
+    def add_tokens(self, tokens: dict[str, str]) -> None:
+        """Rows of some tokens, anew: as low-rank matrices, whose rank is the number of tokens."""
+        own = {module: self._token_layers(module, full_name) for module, full_name in tokens.items()}
+        found = {layer for layers in own.values() for layer in layers}
+        for name in self._config.token_modules:
+            ends = [part for part in self._base.parts if f".{part}".endswith(f".{name}.weight")]
+            layers = {ours.removesuffix(".weight") for part in ends for ours in self._base.parts[part]}
+            if not layers & found and not any(f".{module}".endswith(f".{name}") for module in tokens):
+                raise self._error(f"tensor {name}.token_adapter.trainable_tokens_delta is missing")
+        if self._config.trains_tokens and not tokens:
+            raise self._error("tensor trainable_tokens_delta is missing")
+        for module, them in own.items():
+            indices = self._config.token_indices(module)
+            if indices is None:
+                raise self._error(f"tensor {tokens[module]} is of no module in trainable_token_indices")
+            # A matrix that the head shares is changed there too, unless the head has tokens of its own.
+            others = {layer for other, theirs in own.items() if other != module for layer in theirs[:1]}
+            for number, layer in enumerate(them):
+                if number == 0 or layer not in others:
+                    self._put_tokens(layer, tokens[module], indices)
+
+    def _token_layers(self, module: str, full_name: str) -> list[str]:
+        """Our modules that read the rows of one of theirs; what it shares with others comes first."""
+        parts = self._base.parts.get(self._base.canonical(f"{module}.weight"), [])
+        layers = [ours.removesuffix(".weight") for ours in parts]
+        if layers == [SHARED] and HEAD in self._base.tied:
+            return list(self._base.tied)
+        if layers == ["embed"] and not self._base.has_shared:
+            return list(self._base.tied)
+        if not all(self._base.kinds.get(layer) in (Embedding, Linear) for layer in layers) or not layers:
+            raise self._error(f"tensor {full_name} is of no embedding of this model")
+        return layers
+
+    def _put_tokens(self, layer: str, full_name: str, indices: list[int]) -> None:
+        vocab, width = self._base.shapes[f"{layer}.weight"]
+        if bad := [token for token in indices if token >= vocab]:
+            raise self._config.error(f"trainable_token_indices has {bad[0]}, and there are {vocab} tokens")
+        if layer in self.low_rank or f"{layer}.bias" in self._base.shapes:
+            raise self._error(f"tensor {full_name} of {layer} is not implemented")
+        rows = self._read(full_name, [len(indices), width])
+        change = rows - self._tensors.original(f"{layer}.weight")[indices].float()
+        chosen = torch.zeros(len(indices), vocab)
+        chosen[range(len(indices)), indices] = 1.0
+        if self._base.kinds[layer] is Embedding:
+            self.low_rank[layer] = LowRank(chosen, change.T.contiguous())
+        else:
+            self.low_rank[layer] = LowRank(change, chosen.T.contiguous())
+        self.rank = max(self.rank, len(indices))
+
     def _norms(self, layer: str, a: Tensor, b: Tensor, embedding: bool) -> Tensor:
         """float32 [out]: of each output's weights in W + BA."""
         weight = self._tensors.adapted(f"{layer}.weight").float()
@@ -311,7 +376,8 @@ class _Reader:
         if bias is None:
             bias = torch.zeros(out) if name not in self._base.shapes else self._tensors.adapted(name).float()
         bias = bias.clone()
-        bias[rows] += added
+        # What comes after the head multiplies the bias too; before it, it would not.
+        bias[rows] += added / self._base.head_multiplier if layer == HEAD else added
         self.replaced[name] = bias
 
     def merge_latent(self) -> None:
@@ -323,99 +389,16 @@ class _Reader:
                 weight if change.scale is None else weight * change.scale[:, None]
             )
 
+    def _error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self._file.path}: {text}")
+
     def _read(self, name: str, shape: list[int]) -> Tensor:
         tensor = self._file.read(name)
         if list(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{self._file.path}: tensor {name} has shape {list(tensor.shape)}, {shape} was expected"
-            )
+            raise self._error(f"tensor {name} has shape {list(tensor.shape)}, {shape} was expected")
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{self._file.path}: tensor {name} holds NaN or infinity")
+            raise self._error(f"tensor {name} holds NaN or infinity")
         return tensor.to(torch.float32, copy=True)  # a view of the mapped file would change with it
-
-
-class _AdaptedTensors(SourceWriter):
-    """The base's tensors with those of an adapter in their place."""
-
-    def __init__(self, base: AdapterBase, file: WeightFile, saved: dict[str, str]) -> None:
-        self.saved = saved
-        self._base = base
-        self._file = file
-        self._opened: CheckpointTensors | None = None
-
-    @property
-    def _original(self) -> CheckpointTensors:
-        if self._opened is None:
-            self._opened = CheckpointTensors(self._base.checkpoint, self._base.weights)
-        return self._opened
-
-    def original(self, ours: str) -> Tensor:
-        """A parameter as the base has it, in its dtype."""
-        target = torch.empty(self._base.shapes[ours], dtype=self._base.dtype)
-        self._original.write(self._source(ours), target)
-        return target
-
-    def adapted(self, ours: str) -> Tensor:
-        """And as the adapter does."""
-        target = torch.empty(self._base.shapes[ours], dtype=self._base.dtype)
-        self.write(self._base.sources[ours], target)
-        return target
-
-    def _source(self, ours: str) -> Source:
-        if ours == f"{HEAD}.weight":  # a tied one may be in no file
-            duplicates = dict(self._base.weights.duplicates)
-            name = next(iter(names_of(self._base.sources[ours])))
-            return Copy(duplicates.get(name, name))
-        return self._base.sources[ours]
-
-    def _has(self, name: str) -> bool:
-        return name in self.saved or self._original._has(name)
-
-    def _copy(self, name: str, target: Tensor) -> None:
-        if name not in self.saved:
-            tied = dict(self._base.weights.duplicates)
-            self._original._copy(name if self._original._has(name) else tied.get(name, name), target)
-            return
-        full_name = self.saved[name]
-        tensor = self._file.read(full_name)
-        if tensor.shape != target.shape:
-            raise CheckpointError(
-                f"{self._file.path}: tensor {full_name} has shape {list(tensor.shape)}, "
-                f"{list(target.shape)} was expected"
-            )
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{self._file.path}: tensor {full_name} holds NaN or infinity")
-        target.copy_(tensor)
-
-    def _unpack(self, source: Mxfp4, target: Tensor) -> None:
-        self._original._unpack(source, target)
-
-
-class _RowTrace(SourceWriter):
-    """Follows rows through a source, in place of values: which row of which tensor each of ours is."""
-
-    def __init__(self) -> None:
-        self._sizes: dict[str, tuple[int, int]] = {}  # by name: the number of its first row, and how many
-
-    def rows(self, source: Source, out: int, name: str) -> tuple[Tensor, Tensor, int]:
-        """Of a matrix of `out` rows: those that come from tensor `name`, which of its they are, its rows."""
-        numbers = torch.full((out, 1), -1, dtype=torch.int64)
-        self.write(source, numbers)
-        first, size = self._sizes[name]
-        own = numbers.flatten() - first
-        mine = ((own >= 0) & (own < size)).nonzero().flatten()
-        return mine, own[mine], size
-
-    def _has(self, name: str) -> bool:
-        return True
-
-    def _copy(self, name: str, target: Tensor) -> None:
-        begin = sum(size for _, size in self._sizes.values())
-        first, size = self._sizes.setdefault(name, (begin, target.numel()))
-        target.copy_(torch.arange(first, first + size).view(target.shape))
-
-    def _unpack(self, source: Mxfp4, target: Tensor) -> None:
-        raise TypeError("packed matrices are of experts, which have no adapters")
 
 
 def _open(path: Path) -> WeightFile:

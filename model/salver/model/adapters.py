@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter_reader import HEAD, Adapter, AdapterBase, LowRank, load_adapter
+from .adapted_distances import AdaptedDistances, is_of_distances
+from .adapter_base import HEAD, AdapterBase
+from .adapter_reader import Adapter, LowRank, load_adapter
 from .encoder import Encoder
+from .experts import ExpertProducts
 from .latent import HeadProduct
 from .layers import Embedding, Norm
 from .transformer import Transformer
@@ -33,6 +36,8 @@ class Installed(Protocol):
 
     def begin(self, rows: Sequence[int]) -> None: ...
 
+    def begin_sources(self, rows: Sequence[int]) -> None: ...
+
     def begin_head(self, rows: Sequence[int]) -> None: ...
 
 
@@ -44,7 +49,10 @@ class Adaptable(Protocol):
 
 
 class AdapterSet:
-    """The adapters of a model. `select` says which rows are whose, `select_head` which the head reads."""
+    """The adapters of a model. `select` says which rows are whose, `select_head` which the head reads.
+
+    Of an encoder-decoder `select_sources` goes before, where the step reads sources.
+    """
 
     def __init__(
         self,
@@ -84,6 +92,13 @@ class AdapterSet:
                 self._owners[part.start : part.stop] = [self._numbers[name]] * len(part)
         self._installed.begin(self._owners)
 
+    def select_sources(self, parts: Sequence[tuple[str, int]]) -> None:
+        """Of the sources that an encoder-decoder reads next, until `select`: adapter and rows of each."""
+        owners: list[int] = []
+        for name, count in parts:
+            owners += [self._numbers[name] if name else -1] * count
+        self._installed.begin_sources(owners)
+
     def select_head(self, rows: Sequence[int]) -> None:
         """Of the head's next product, which rows of the step it reads."""
         self._installed.begin_head([self._owners[row] if row < len(self._owners) else -1 for row in rows])
@@ -116,12 +131,16 @@ class _Active:
     device: torch.device
     multiple: int
     numbers: tuple[int, ...] = ()
+    _owners: Sequence[int] = ()
     _rows: dict[int, list[int]] = field(default_factory=dict)
     _made: dict[tuple[int, ...], _Rows] = field(default_factory=dict)
+    _table: Tensor | None = None
 
     def begin(self, owners: Sequence[int]) -> None:
+        self._owners = owners
         self._rows = {}
         self._made = {}
+        self._table = None
         for row, number in enumerate(owners):
             if number >= 0:
                 self._rows.setdefault(number, []).append(row)
@@ -132,6 +151,15 @@ class _Active:
         if found is None:
             found = self._made[numbers] = self._make(numbers)
         return found
+
+    def owners(self, rows: Tensor) -> Tensor:
+        """int64 [n]: whose these rows of the step are; -1: nobody's, as those of padding."""
+        if self._table is None:
+            self._table = torch.tensor([*self._owners, -1], dtype=torch.int64, device=self.device)
+        return self._table[rows.clamp(max=len(self._owners))]
+
+    def owner(self, row: int) -> int:
+        return self._owners[row] if row < len(self._owners) else -1
 
     def _make(self, numbers: tuple[int, ...]) -> _Rows:
         most = max(len(self._rows[number]) for number in numbers)
@@ -153,13 +181,19 @@ class _Beside:
 
     def __init__(self, model: Transformer | Encoder, adapters: Sequence[Adapter], row_multiple: int) -> None:
         self._model = model
-        self._step, self._head = (_Active(model.device, row_multiple) for _ in range(2))
+        self._step, self._sources, self._head = (_Active(model.device, row_multiple) for _ in range(3))
         self._sites: dict[str, _Site] = {}
+        self._distances: AdaptedDistances | None = None
+        if isinstance(model, Encoder) and model.distances is not None:
+            self._distances = AdaptedDistances(model, adapters, self._step.owner)
         for number, adapter in enumerate(adapters):
             for layer, change in adapter.low_rank.items():
-                self._site(layer).put_low_rank(number, change)
+                if not is_of_distances(layer):
+                    self._site(layer).put_low_rank(number, change)
             for name, value in adapter.replaced.items():
                 layer, _, kind = name.rpartition(".")
+                if is_of_distances(layer):
+                    continue
                 if layer.endswith(".latent.up"):  # it is not called: its two halves are, each by itself
                     latent = layer.removesuffix("up")
                     self._site(f"{latent}to_latent").put(number, kind, value)
@@ -171,7 +205,11 @@ class _Beside:
         if layer not in self._sites:
             name = "tied_head" if layer == HEAD and getattr(self._model, HEAD, None) is None else layer
             module = self._model.get_submodule(name)
-            active = self._head if layer.partition(".")[0] in (HEAD, "classifier") else self._step
+            active, first = self._step, layer.partition(".")[0]
+            if first in (HEAD, "classifier"):
+                active = self._head
+            elif first == "encoder" or layer.endswith(".cross.key_value"):
+                active = self._sources
             self._sites[layer] = _site_of(module, active)
         return self._sites[layer]
 
@@ -181,9 +219,16 @@ class _Beside:
         self._model.adapter_hooks = tuple(
             site.module.register_forward_hook(site) for site in self._sites.values()
         )
+        if self._distances is not None:
+            self._distances.install()
 
     def begin(self, rows: Sequence[int]) -> None:
         self._step.begin(rows)
+        self._sources.begin(())
+
+    def begin_sources(self, rows: Sequence[int]) -> None:
+        self._sources.begin(rows)
+        self._step.begin(())  # an embedding may be one for both
 
     def begin_head(self, rows: Sequence[int]) -> None:
         self._head.begin(rows)
@@ -258,6 +303,25 @@ class _EmbeddingSite(_Site):
                 out[rows.targets] = value if change.scale is None else value * change.scale
 
 
+class _ExpertsSite(_Site):
+    """Called once for each expert, with the tokens that chose it."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        mine = [number for number in self._active.numbers if number in self._low_rank]
+        if not mine:
+            return
+        x, expert, tokens = args
+        owners = self._active.owners(tokens)
+        for number in mine:
+            places = (owners == number).nonzero().flatten()
+            if not places.numel():
+                continue
+            padding = places[:1].expand(-places.numel() % self._active.multiple)
+            change, rows = self._low_rank[number], x[torch.cat((places, padding))]
+            added = F.linear(F.linear(rows, change.a[expert]), change.b[expert])
+            out.index_add_(0, places, added[: places.numel()])
+
+
 class _LinearSite(_Site):
     """Two products for all adapters together that have low-rank matrices and nothing else here."""
 
@@ -317,4 +381,6 @@ def _site_of(module: nn.Module, active: _Active) -> _Site:
         return _EmbeddingSite(module, active)
     if isinstance(module, HeadProduct):
         return _HeadProductSite(module, active)
+    if isinstance(module, ExpertProducts):
+        return _ExpertsSite(module, active)
     return _LinearSite(module, active)

@@ -9,6 +9,9 @@ A distance has no content: keys and queries of all distances are made once, when
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +33,28 @@ class DistanceTable(nn.Module):
         return self.weight if self.norm is None else self.norm(self.weight)
 
 
-class DistanceScores(nn.Module):
-    """A layer's keys and queries of distances, and what they add to its scores."""
+class DistanceProduct(Weights):
+    """What makes keys or queries of distances; no step multiplies it."""
 
+
+Product = tuple[Tensor, Tensor | None]  # weight and bias
+
+
+@dataclass(frozen=True, slots=True)
+class DistanceRows:
+    """Keys and queries of all distances, scaled: [heads, head_dim, 2 num_buckets] each, or none."""
+
+    keys: Tensor | None
+    queries: Tensor | None
+
+
+class DistanceScores(nn.Module):
+    """A layer's keys and queries of distances, and what they add to its scores.
+
+    `others`, where adapters change them: by the first row of an input in its step, those to read.
+    """
+
+    others: Callable[[int], DistanceRows | None] | None = None
     key_rows: Tensor | None
     query_rows: Tensor | None
 
@@ -41,47 +63,64 @@ class DistanceScores(nn.Module):
         self.spec = spec
         self.num_heads = num_heads
         self.scale = scale
-        # Not `Linear`: no step multiplies them.
-        own = not spec.shared
-        self.key = Weights(hidden_size, hidden_size, bias=True) if own and spec.content_to_position else None
-        self.query = (
-            Weights(hidden_size, hidden_size, bias=True) if own and spec.position_to_content else None
-        )
-        self.register_buffer("key_rows", None, persistent=False)  # [heads, head_dim, 2 num_buckets]
+
+        def own(wanted: bool) -> DistanceProduct | None:
+            made = wanted and not spec.shared
+            return DistanceProduct(hidden_size, hidden_size, bias=True) if made else None
+
+        self.key, self.query = own(spec.content_to_position), own(spec.position_to_content)
+        self.register_buffer("key_rows", None, persistent=False)  # see `DistanceRows`
         self.register_buffer("query_rows", None, persistent=False)
 
-    @torch.inference_mode()
     def prepare(self, table: Tensor, qkv: Weights) -> None:
         """Makes keys and queries of the distances' vectors [2 num_buckets, hidden]."""
+
+        def product(module: Weights) -> Product:
+            return module.weight, module.bias
+
+        own = tuple(None if module is None else product(module) for module in (self.key, self.query))
+        made = self.rows(table, product(qkv), own[0], own[1])
+        self.key_rows, self.query_rows = made.keys, made.queries
+
+    @torch.inference_mode()
+    def rows(self, table: Tensor, qkv: Product, key: Product | None, query: Product | None) -> DistanceRows:
+        """Of products with these; `key` and `query` None: with those of contents."""
         width = table.shape[1]
 
-        def rows(own: Weights | None, first: int) -> Tensor:
-            weight: Tensor = qkv.weight[first : first + width]
-            bias: Tensor | None = None if qkv.bias is None else qkv.bias[first : first + width]
-            if own is not None:
-                weight, bias = own.weight, own.bias
-            made = F.linear(table, weight, bias) * self.scale
-            return made.view(len(table), self.num_heads, -1).permute(1, 2, 0).contiguous()
+        def made(own: Product | None, first: int) -> Tensor:
+            weight, bias = qkv if own is None else own
+            if own is None:
+                rows = slice(first, first + width)
+                weight, bias = weight[rows], None if bias is None else bias[rows]
+            found = F.linear(table, weight, bias) * self.scale
+            return found.view(len(table), self.num_heads, -1).permute(1, 2, 0).contiguous()
 
-        self.query_rows = rows(self.query, 0) if self.spec.position_to_content else None
-        self.key_rows = rows(self.key, width) if self.spec.content_to_position else None
+        return DistanceRows(
+            made(key, width) if self.spec.content_to_position else None,
+            made(query, 0) if self.spec.position_to_content else None,
+        )
 
-    def forward(self, query: Tensor, key: Tensor, distances: Distances) -> Tensor:
-        """[count, heads, n, n], scaled, of [count, heads, n, head_dim]."""
+    def forward(self, query: Tensor, key: Tensor, distances: Distances, row: int) -> Tensor:
+        """[count, heads, n, n], scaled, of [count, heads, n, head_dim] from a row of the step on."""
         length = query.shape[2]
         first, end = distances.span(length)
         index = distances.of(length).expand(*query.shape[:2], length, length)
+        own = DistanceRows(self.key_rows, self.query_rows)
+        read = [self._others_of(row + i * length) or own for i in range(len(query))]
         found: list[Tensor] = []
         # Input by input: a product of several may round otherwise than a product of one.
-        if self.key_rows is not None:
-            made = self.key_rows[..., first:end]
-            scores = torch.stack([torch.bmm(one, made) for one in query])
+        if own.keys is not None:
+            keys = [rows.keys[..., first:end] for rows in read if rows.keys is not None]
+            scores = torch.stack([torch.bmm(*pair) for pair in zip(query, keys, strict=True)])
             found.append(scores.gather(3, index))  # [.., q, k] of [.., q, distance]
-        if self.query_rows is not None:
-            made = self.query_rows[..., first:end]
-            scores = torch.stack([torch.bmm(one, made) for one in key])
+        if own.queries is not None:
+            queries = [rows.queries[..., first:end] for rows in read if rows.queries is not None]
+            scores = torch.stack([torch.bmm(*pair) for pair in zip(key, queries, strict=True)])
             found.append(scores.gather(3, index.transpose(2, 3)).transpose(2, 3))
         return found[0] if len(found) == 1 else found[0] + found[1]
+
+    def _others_of(self, row: int) -> DistanceRows | None:
+        return None if self.others is None else self.others(row)
 
 
 class Distances:

@@ -105,7 +105,7 @@ class SelfAttention:
             rows = slice(row, row + count * length)
             parts = qkv[rows].view(count, length, 3, self.num_heads, self.head_dim)
             query, key, value = parts.permute(2, 0, 3, 1, 4)
-            mask = self._added(query, key, masks)
+            mask = self._added(query, key, masks, row)
             found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
             out[rows] = found.transpose(1, 2).reshape(count * length, self.num_heads, self.head_dim)
         return out.flatten(1)
@@ -119,21 +119,21 @@ class SelfAttention:
             for first in range(0, count, most):
                 yield row + first * length, min(most, count - first), length
 
-    def _added(self, query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:
-        """To the scores of [count, heads, n, head_dim]: [count or 1, heads or 1, n, n]."""
+    def _added(self, query: Tensor, key: Tensor, masks: Masks, row: int) -> Tensor | None:
+        """To the scores of [count, heads, n, head_dim] from a row on: [count or 1, heads or 1, n, n]."""
         mask = masks.of(query.shape[2])
         if self._distance_scores is None or masks.distances is None:
             return mask
-        added: Tensor = self._distance_scores(query, key, masks.distances)
+        added: Tensor = self._distance_scores(query, key, masks.distances, row)
         return added if mask is None else added + mask
 
-    def weights(self, heads: Tensor, wanted: list[int], masks: Masks) -> Tensor:
+    def weights(self, heads: Tensor, wanted: list[int], masks: Masks, row: int = 0) -> Tensor:
         """float32 [wanted, n, n] of an input's queries and keys [n, 3, heads, head_dim]; rows sum to 1.
 
-        `wanted`: of which heads.
+        `wanted`: of which heads. `row`: the input's first one in its step.
         """
         query, key = (part[None].transpose(1, 2) for part in (heads[:, 0], heads[:, 1]))
-        added = self._added(query, key, masks)
+        added = self._added(query, key, masks, row)
         scores = torch.einsum("hnd,hld->hnl", query[0, wanted].float(), key[0, wanted].float()) * self.scale
         if added is not None:
             added = added.expand(1, self.num_heads, -1, -1)[0, wanted].float()

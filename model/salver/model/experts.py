@@ -19,11 +19,25 @@ ROWS = 16
 Inner = Callable[[Tensor], Tensor]  # [n, columns of `up`] to [n, intermediate_size]
 
 
+class ExpertProducts(Weights):
+    """A matrix for each expert, weight [experts, out, in]."""
+
+    rows = 0  # see `layers.product`
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor: ...
+
+    def forward(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
+        """[n, out] of [n, in], by one of the experts; `tokens`: which rows of the step the first ones are."""
+        bias = None if self.bias is None else self.bias[expert]
+        return product(x, self.weight[expert], bias, self.rows)
+
+
 class Experts(nn.Module):
     """Costs as much as the experts that some token of the step chose."""
 
     reduce: Callable[[Tensor], Tensor] | None = None  # see `layers.Linear`
-    rows = 0
 
     if TYPE_CHECKING:
 
@@ -38,8 +52,8 @@ class Experts(nn.Module):
         self.inner = inner
         self.router = Linear(experts.count, hidden, bias=experts.bias)
         self.correction = Weights(experts.count) if experts.correction else None
-        self.up = Weights(experts.count, width, hidden, bias=experts.bias)
-        self.down = Weights(experts.count, hidden, size, bias=experts.bias)
+        self.up = ExpertProducts(experts.count, width, hidden, bias=experts.bias)
+        self.down = ExpertProducts(experts.count, hidden, size, bias=experts.bias)
         shared = experts.shared_intermediate_size
         self.shared_up = Linear(2 * shared if spec.gated else shared, hidden) if shared else None
         self.shared_down = Linear(hidden, shared) if shared else None
@@ -58,7 +72,7 @@ class Experts(nn.Module):
         for expert, count in enumerate(chosen.flatten().bincount(minlength=self.spec.count).tolist()):
             if count:
                 end = begin + count
-                found = self._expert(expert, x[tokens[begin:end]])
+                found = self._expert(expert, x, tokens[begin:end])
                 out.index_add_(0, tokens[begin:end], found * weights[begin:end])
                 begin = end
         if self.shared_up is not None and self.shared_down is not None:
@@ -68,13 +82,11 @@ class Experts(nn.Module):
             out += shared
         return out if self.reduce is None else self.reduce(out)
 
-    def _expert(self, expert: int, x: Tensor) -> Tensor:
-        count = x.shape[0]
-        x = F.pad(x, (0, 0, 0, -count % self.row_multiple))
-        up_bias = None if self.up.bias is None else self.up.bias[expert]
-        down_bias = None if self.down.bias is None else self.down.bias[expert]
-        inner = self.inner(product(x, self.up.weight[expert], up_bias, self.rows))
-        return product(inner, self.down.weight[expert], down_bias, self.rows)[:count]
+    def _expert(self, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
+        """[n, hidden] of these rows of x."""
+        count = len(tokens)
+        rows = F.pad(x[tokens], (0, 0, 0, -count % self.row_multiple))
+        return self.down(self.inner(self.up(rows, expert, tokens)), expert, tokens)[:count]
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(experts int64, weights float32), both [N, per_token]."""

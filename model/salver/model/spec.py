@@ -165,6 +165,8 @@ class WeightMap:
             all names here are without it.
         renames: (pattern, replacement) of old names, tried on the end of every checkpoint name
             (`.gamma` for `.weight`).
+        modules: of tensors whose parts are modules of their own elsewhere, as in another version of
+            transformers, a source under those names. Adapters may bear them, checkpoints may not.
     """
 
     tensors: dict[str, Source] = field(default_factory=dict)
@@ -173,11 +175,19 @@ class WeightMap:
     optional_prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    modules: dict[str, Source] = field(default_factory=dict)
 
     def expanded(self, num_layers: int) -> dict[str, Source]:
         """`tensors` with every layer written out."""
+        return self._written_out(self.tensors, num_layers)
+
+    def expanded_modules(self, num_layers: int) -> dict[str, Source]:
+        """`modules` with every layer written out."""
+        return self._written_out(self.modules, num_layers)
+
+    def _written_out(self, sources: dict[str, Source], num_layers: int) -> dict[str, Source]:
         whole: dict[str, Source] = {}
-        for name, source in self.tensors.items():
+        for name, source in sources.items():
             if LAYER in name:
                 for layer in self.layers.get(name, range(num_layers)):
                     whole[name.replace(LAYER, str(layer))] = in_layer(source, layer)

@@ -18,7 +18,7 @@ from .buckets import distance_buckets
 from .cache import KVCache
 from .cross import CrossAttention
 from .encoder import Encoder, EncoderBatch, OnHeads
-from .experts import Experts
+from .experts import ExpertProducts, Experts
 from .latent import Latent
 from .layers import ACTIVATIONS, Embedding, Linear, Norm, TiedHead, Weights, capped
 from .parallel import Shards
@@ -417,7 +417,7 @@ class Transformer(nn.Module):
         """From now on products are of so many rows each; see `layers.product`."""
         self.rows = rows
         for module in self.modules():
-            if isinstance(module, Linear | Experts | TiedHead):
+            if isinstance(module, Linear | ExpertProducts | TiedHead):
                 module.rows = rows
 
     def num_parameters(self) -> int:

@@ -53,6 +53,7 @@ def llama_spec(
     theta: float = 10000.0,
     partial: float | None = None,
     ignored: tuple[str, ...] = (),
+    renames: tuple[tuple[str, str], ...] = (),
     renamed_scalings: Mapping[str, str] | None = None,
     recomputed: bool = False,
     windows: Callable[[int, int], tuple[int | None, ...]] | None = None,
@@ -106,7 +107,7 @@ def llama_spec(
     # Old transformers saved the frequencies; bodies that were saved alone lack the prefix.
     frequencies = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
     prefixed = (r"^((?:layers|embed_tokens|norm|final_layernorm)\..*)", r"model.\1")
-    return with_weights(spec, names, ignored=(frequencies, *ignored), renames=(prefixed,))
+    return with_weights(spec, names, ignored=(frequencies, *ignored), renames=(prefixed, *renames))
 
 
 def head_size(c: ConfigReader, hidden_size: int, num_heads: int, heads: str = "num_attention_heads") -> int:

@@ -26,6 +26,8 @@ def mixtral(c: ConfigReader) -> ModelSpec:
         c,
         "MixtralForCausalLM",
         names=MIXTRAL,
+        # As transformers 5 calls its module, and adapters with it.
+        renames=((r"(.*\.layers\.\d+)\.mlp\.gate\.(.+)", r"\1.block_sparse_moe.gate.\2"),),
         theta=1000000.0,
         windows=everywhere(c.size_or_null("sliding_window", None)),
         experts=ExpertsSpec(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config_reader import ConfigReader
 from ..encoder_spec import EncoderSpec, HeadSpec
 from ..rope_config import rope_positions
-from ..spec import Cat, Copy, NormSpec, RopePositions, Source
+from ..spec import Cat, Copy, NormSpec, RopePositions, Source, WeightMap
 from . import encoder_family
 from .bert import plain_head
 from .encoder_names import (
@@ -25,6 +25,21 @@ from .encoder_names import (
 _GATED = {"swiglu": "silu", "geglu": "gelu"}
 _INNER_MULTIPLE = 256  # and its MLPs are as wide as the next multiple
 _HEAD = "cls.predictions.transform"
+_MODULES = (
+    (r"^nomic_bert\.(.*)", r"\1"),
+    (r"^embeddings\.LayerNorm\.(.*)", r"emb_ln.\1"),
+    *(
+        (rf"^layers\.(\d+)\.{theirs}\.(.*)", rf"encoder.layers.\1.{ours}.\2")
+        for theirs, ours in (
+            (r"self_attn\.o_proj", "attn.out_proj"),
+            (r"mlp\.up_proj", "mlp.fc11"),
+            (r"mlp\.gate_proj", "mlp.fc12"),
+            (r"mlp\.down_proj", "mlp.fc2"),
+            ("post_attention_layernorm", "norm1"),
+            ("post_mlp_layernorm", "norm2"),
+        )
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +100,7 @@ def nomic_bert(c: ConfigReader, architecture: str) -> EncoderSpec:
         max_input_tokens=shape.max_input_tokens,
         norm=shape.norm,
         activation=shape.activation,
-        weights=weight_map(tensors, head, shape.prefix, ignored=extras),
+        weights=_as_modules(weight_map(tensors, head, shape.prefix, ignored=extras), shape),
         head=head.spec if head else None,
         labels=labels,
         problem_type=problem_type(c),
@@ -97,6 +112,14 @@ def nomic_bert(c: ConfigReader, architecture: str) -> EncoderSpec:
         mlp_bias=False,
         pad_token_id=c.token_id("pad_token_id"),
     )
+
+
+def _as_modules(weights: WeightMap, shape: _Shape) -> WeightMap:
+    """With the names of transformers 5's modules, which adapters bear."""
+    layer = "layers.{layer}.self_attn"
+    parts = tuple(Copy(f"{layer}.{name}_proj.weight") for name in "qkv")
+    qkv: dict[str, Source] = {"layers.{layer}.qkv.weight": Cat(parts, (shape.hidden_size,) * 3)}
+    return replace(weights, renames=(*weights.renames, *_MODULES), modules=qkv)
 
 
 def _layout(c: ConfigReader) -> _Shape:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapter_reader import HEAD, Adapter, LowRank
+from ..adapter_base import HEAD
+from ..adapter_reader import Adapter, LowRank
 from ..errors import CheckpointError
 from .library import LANES, PANEL, CAdapted, CBuffer, CWeight, Library, Precision, num_panels
 
@@ -135,6 +136,9 @@ class NativeAdapters:
 
     def begin(self, rows: Sequence[int]) -> None:
         self.numbers = _numbers(rows)
+
+    def begin_sources(self, rows: Sequence[int]) -> None:
+        raise NotImplementedError("adapters of encoder-decoders are plain torch's")
 
     def begin_head(self, rows: Sequence[int]) -> None:
         self.head_numbers = _numbers(rows)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter_reader import Adapter, AdapterBase
+from ..adapter_base import AdapterBase
+from ..adapter_reader import Adapter
 from ..attention import AttentionBatch, Scoring
 from ..cache import KVCache
 from ..layers import Weights
@@ -268,6 +269,7 @@ class PreparedAdapters:
         self._model = model
         self._adapters = adapters
         self.begin, self.begin_head = adapters.begin, adapters.begin_head
+        self.begin_sources = adapters.begin_sources
 
     def install(self) -> None:
         self._model.install_adapters(self._adapters)

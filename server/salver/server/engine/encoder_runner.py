@@ -76,8 +76,9 @@ class EncoderRunner:
         def observe(layer: int, attention: SelfAttention, heads: Tensor, masks: Masks) -> None:
             for i, found in weights.items():
                 if layer in _encoding(items[i]).layers:
-                    rows = heads[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
-                    found.append(attention.weights(rows, list(_encoding(items[i]).heads), masks).cpu())
+                    first = batch.cu_seqlens[i]
+                    rows, wanted = heads[first : batch.cu_seqlens[i + 1]], list(_encoding(items[i]).heads)
+                    found.append(attention.weights(rows, wanted, masks, first).cpu())
 
         hidden = self.model(batch, self._on_progress, observe if weights else None)
         duration = time.perf_counter() - begin

@@ -101,7 +101,6 @@ class ModelRunner:
         ]
         batch = build_batch(parts, self.block_size, row_multiple=self.row_multiple, device=self.device)
         results = [RowResult() for _ in schedule.scheduled]
-        self._select_adapters(schedule, batch)
         observed = {
             i: AttentionRows(item, batch.first_rows[i])
             for i, item in enumerate(schedule.scheduled)
@@ -126,8 +125,9 @@ class ModelRunner:
         ]
         try:
             if self._sources is not None:
-                self._sources.read(schedule.scheduled, source_observer(observed.values()))
+                self._sources.read(schedule.scheduled, self.adapters, source_observer(observed.values()))
                 self._sources.attach(batch.attention, schedule.scheduled)
+            self._select_adapters(schedule, batch)
             looks = any(rows.of is not AttentionOf.SOURCE for rows in observed.values())
             hidden = self._forward(batch, observe if looks else None)
             logits = self.logits(hidden, rows)

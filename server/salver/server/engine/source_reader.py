@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from salver.model.adapters import AdapterSet
 from salver.model.attention import AttentionBatch, into_slots, over_sources
 from salver.model.cache import KVCache
 from salver.model.encoder import Masks, OnHeads, SelfAttention, build_encoder_batch
@@ -43,13 +44,23 @@ class SourceReader:
         """Reads with another model of the same spec from now on."""
         self._model = model
 
-    def read(self, items: Sequence[Scheduled], on_source: OnSource | None = None) -> None:
-        """Reads the sources that these parts begin with."""
+    def read(
+        self,
+        items: Sequence[Scheduled],
+        adapters: AdapterSet | None = None,
+        on_source: OnSource | None = None,
+    ) -> None:
+        """Reads the sources that these parts begin with, under their adapters.
+
+        Whose the rows of the decoder's step are is forgotten.
+        """
         # Equal lengths side by side are one call of attention.
         new = sorted((item for item in items if item.reads_source), key=lambda item: item.num_source_tokens)
         if not new:
             return
         sequences = [item.sequence for item in new]
+        if adapters is not None:
+            adapters.select_sources([(s.request.adapter, s.num_source_tokens) for s in sequences])
         bounds = [0, *itertools.accumulate(sequence.num_source_tokens for sequence in sequences)]
 
         def tell(layer: int, attention: SelfAttention, heads: Tensor, masks: Masks) -> None:

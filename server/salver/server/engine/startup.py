@@ -271,8 +271,6 @@ def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
         raise StartError("--tensor-parallel-size: not implemented with adapters")
     if spec.encoder is None:
         return
-    if config.adapters or config.more_adapters:
-        raise StartError(f"adapters are not implemented for encoder-decoders ({spec.architecture})")
     if config.speculation == "draft":
         raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
 
@@ -420,6 +418,8 @@ def decoder_of(
     try:
         if not config.kernel_library:
             raise KernelUnavailable(config.no_kernel or "it is for the CPU")
+        if model.encoder is not None and (config.adapters or config.more_adapters):
+            raise KernelUnavailable("it does not do adapters of encoder-decoders")
         # Not before it is wanted: a start with torch alone shall not pay for it.
         from salver.model.kernels.adapters import unsupported
         from salver.model.kernels.library import Library, Precision
