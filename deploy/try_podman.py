@@ -36,8 +36,13 @@ runtime = "crun"
 SHOWN = ("Uid", "CapEff", "NoNewPrivs", "Seccomp:")  # of /proc/PID/status
 
 
-def manifests(overlay: str, image: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What podman is given of an overlay: the Deployment, once, in the host's network, and its ConfigMap."""
+def manifests(
+    overlay: str, image: str, settings: dict[str, Any], models: Path | None
+) -> list[dict[str, Any]]:
+    """What podman is given of an overlay: the Deployment, once, in the host's network, and its ConfigMap.
+
+    `models` is a directory in place of the volume of that name.
+    """
     built = subprocess.run(
         ["kubectl", "kustomize", str(REPOSITORY / "deploy" / "kubernetes" / "overlays" / overlay)],
         capture_output=True, text=True, check=True,
@@ -56,6 +61,10 @@ def manifests(overlay: str, image: str, settings: dict[str, Any]) -> list[dict[s
         item["spec"]["replicas"] = 1
         pod = item["spec"]["template"]["spec"]
         pod["hostNetwork"] = True
+        for volume in pod["volumes"]:
+            if volume["name"] == "models" and models is not None:
+                volume.pop("emptyDir", None)
+                volume["hostPath"] = {"path": str(models.absolute()), "type": "Directory"}
         for container in [*pod["initContainers"], *pod["containers"]]:
             container["image"] = image
             container["imagePullPolicy"] = "Never"
@@ -74,6 +83,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("image")
     parser.add_argument("--overlay", default="cpu")
+    parser.add_argument(
+        "--models", type=Path, metavar="DIR",
+        help="keep the checkpoint here, as a PersistentVolumeClaim would; uid 65532 must be able to write it",
+    )  # fmt: skip
     parser.add_argument("--port", type=int, default=50051)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds until it must be ready")
@@ -88,7 +101,9 @@ def main() -> int:
         os.environ["CONTAINERS_CONF"] = str(conf)
         settings = {"port": options.port, "threads": options.threads}
         file = Path(directory) / "pod.yaml"
-        file.write_text(yaml.safe_dump_all(manifests(options.overlay, options.image, settings)))
+        file.write_text(
+            yaml.safe_dump_all(manifests(options.overlay, options.image, settings, options.models))
+        )
         try:
             print(podman("kube", "play", str(file)))
             return look(f"127.0.0.1:{options.port}", options.patience)

@@ -63,6 +63,16 @@ def test_tokens_requests_and_finish_reasons(own: Server) -> None:
     for reason in ("stop", "length"):
         assert delta("salver_request_success_total", finish_reason=reason) == reasons[reason]
     assert delta("salver_e2e_request_latency_seconds_count") == 13
+    # Lengths of requests, of their samples, and of the longest sample of each.
+    longest = [max(len(c.token_ids) for c in reply.completions) for reply in replies]
+    longest.append(max(map(len, streamed.tokens.values())))
+    for name, wanted, count in (
+        ("prompt", delta("salver_prompt_tokens_total"), 13),
+        ("generation", generated, sum(reasons.values())),
+        ("max_generation", sum(longest), 13),
+    ):
+        assert delta(f"salver_request_{name}_tokens_sum") == wanted, name
+        assert delta(f"salver_request_{name}_tokens_count") == count, name
     assert delta("salver_time_to_first_token_seconds_count") == sum(reasons.values())
     # Between the tokens of each sample.
     assert delta("salver_inter_token_latency_seconds_count") == generated - sum(reasons.values())

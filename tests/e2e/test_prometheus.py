@@ -15,6 +15,8 @@ EXPECTED = (
     *("time_to_first_token_seconds_count", "inter_token_latency_seconds_count"),
     *("e2e_request_latency_seconds_count", "request_queue_time_seconds_count"),
     *("request_prefill_time_seconds_count", "request_decode_time_seconds_count"),
+    *("request_prompt_tokens_count", "request_generation_tokens_count", "batch_sequences_count"),
+    *("request_max_generation_tokens_count",),
     *("prompt_tokens_total", "generation_tokens_total", "batch_tokens_count", "step_duration_seconds_count"),
     *("preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total"),
     *("draft_tokens_total", "accepted_draft_tokens_total"),

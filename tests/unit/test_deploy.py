@@ -47,6 +47,12 @@ def of_kind(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     return found
 
 
+def main_container(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    (container,) = of_kind(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert isinstance(container, dict)
+    return container
+
+
 def arguments(container: dict[str, Any], objects: list[dict[str, Any]], directory: Path) -> list[str]:
     """What the container's process is told, its mounted config file in `directory`."""
     file = directory / "salver.toml"
@@ -77,6 +83,7 @@ def test_an_overlay(overlay: str, tool: str, tmp_path: Path) -> None:
 
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports["grpc"] == config.port and ports["metrics"] == config.metrics_port
+    assert ports.get("health") == config.health_port and len({*ports.values()}) == len(ports)
     plaintext = config.health_port if config.tls_cert else config.port
     probes = [container[f"{name}Probe"]["grpc"] for name in ("startup", "readiness", "liveness")]
     assert [p["port"] for p in probes] == [plaintext] * 3
@@ -88,7 +95,8 @@ def test_an_overlay(overlay: str, tool: str, tmp_path: Path) -> None:
         config.tls_cert, config.tls_key, config.tls_client_ca, config.tokens, config.admin_token_file
     ):  # fmt: skip
         assert file is None or str(file.parent) in mounts
-    assert config.adapter_root is None or str(config.adapter_root) in mounts
+    for root in (config.adapter_root, config.weights_root):
+        assert root is None or str(root) in mounts
     assert config.admin_port == ports.get("admin") and config.admin_is_open == ("admin" in ports)
     assert {"/tmp", "/var/cache/salver", "/etc/salver"} <= mounts
     volumes = {volume["name"] for volume in pod["volumes"]}
@@ -112,15 +120,18 @@ def test_an_overlay(overlay: str, tool: str, tmp_path: Path) -> None:
 
 
 def test_what_overlays_add(tool: str) -> None:
-    gpu = of_kind(build(tool, "gpu"), "Deployment")["spec"]["template"]["spec"]
-    (container,) = gpu["containers"]
+    objects = build(tool, "gpu")
+    gpu, container = of_kind(objects, "Deployment")["spec"]["template"]["spec"], main_container(objects)
     assert container["image"].endswith("-cuda")
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1" and gpu["tolerations"]
     for overlay, kind in (("autoscale", "HorizontalPodAutoscaler"), ("keda", "ScaledObject")):
         objects = build(tool, overlay)
         assert of_kind(objects, kind)["spec"]["scaleTargetRef"]["name"] == "salver"
         assert "replicas" not in of_kind(objects, "Deployment")["spec"]
-    admin = [item["spec"] for item in build(tool, "admin") if item["kind"] == "NetworkPolicy"]
+    objects = build(tool, "admin")
+    roots = [word.split("=")[0] for word in main_container(objects)["args"] if "-root=" in word]
+    assert roots == ["--adapter-root", "--weights-root"]
+    admin = [item["spec"] for item in objects if item["kind"] == "NetworkPolicy"]
     (rule,) = (rule for spec in admin for rule in spec["ingress"] if rule["ports"] == [{"port": "admin"}])
     assert rule["from"] == [{"podSelector": {"matchLabels": {"salver.dev/admin": "true"}}}]
     mtls = build(tool, "mtls")
@@ -172,6 +183,17 @@ def board_queries() -> Iterator[str]:
 def series_names() -> set[str]:
     metrics = Metrics("m", methods=all_methods(), codes=STATUS_CODES, build={"version": "1"})
     return {sample.name for family in metrics.registry.collect() for sample in family.samples}
+
+
+def test_the_autoscalers_metric_is_the_adapters() -> None:
+    """What hpa.yaml names is what prometheus-adapter makes of our series by the rule beside it."""
+    hpa = yaml.safe_load((KUBERNETES / "components" / "hpa" / "hpa.yaml").read_text())
+    (metric,) = hpa["spec"]["metrics"]
+    values = yaml.safe_load((KUBERNETES / "components" / "hpa" / "prometheus-adapter.yaml").read_text())
+    (rule,) = values["rules"]["custom"]
+    series = rule["seriesQuery"].partition("{")[0]
+    assert re.fullmatch(rule["name"]["matches"], series) and rule["name"]["as"] == "$1"
+    assert metric["pods"]["metric"]["name"] == series and series in series_names()
 
 
 @pytest.mark.parametrize("queries", ["board", "rules", "autoscalers"])

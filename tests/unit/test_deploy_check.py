@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,10 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from support.serving import wait_until
 
-from salver.client import Client, ConnectionOptions
+from salver.client import Client, ConnectionOptions, fake_encoding
 from salver.client.cli import main
 from salver.client.cli.deploy_check import FAIL, OK, watch
 from salver.client.testing import FakeServer
+from salver.v1 import model_pb2
 
 STREAMS = 4
 
@@ -75,6 +78,21 @@ def test_a_lost_stream_is_counted() -> None:
     finally:
         server.stop()
     assert status == FAIL and " 0 lost" not in detail and "UNAVAILABLE" in detail, detail
+
+
+def test_what_generates_nothing_is_asked_for_embeddings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = fake_encoding.model()
+    encoder.tasks[:] = [model_pb2.TASK_EMBED, model_pb2.TASK_FILL_MASK]
+    monkeypatch.setattr(fake_encoding, "model", lambda: encoder)
+    with FakeServer() as server:
+        main(["deploy-check", server.address, "--watch", "0.2", "--streams", "2", "--json"])
+        asked = {type(request).__name__ for request in server.requests}
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["answer"]["status"] == OK and "embedding of fake" in found["answer"]["detail"]
+    assert re.fullmatch("[1-9][0-9]* embeddings, 0 lost", found["rolling restart"]["detail"])
+    assert asked == {"EmbedRequest"}
 
 
 def test_the_command_watches(capsys: pytest.CaptureFixture[str]) -> None:

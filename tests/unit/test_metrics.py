@@ -161,9 +161,11 @@ def test_steps_and_requests() -> None:
     shares = (("", 5_000_000), ("a", 15_000_000))
     metrics.step(StepMessage([], [], StepStats(33, 3, 0.02, 0.01, tenants=shares)))
     metrics.step(StepMessage([], [], None))
-    metrics.request_ended(SequenceTimings(queue=0.1, prefill=0.2, decode=0.3), 0.7)
+    metrics.request_ended(SequenceTimings(queue=0.1, prefill=0.2, decode=0.3), 0.7, 11)
     metrics.succeeded("stop")
     assert value(metrics, "salver_batch_tokens_sum") == 33
+    assert value(metrics, "salver_batch_sequences_sum") == 3
+    assert value(metrics, "salver_request_prompt_tokens_sum") == 11
     assert value(metrics, "salver_step_duration_seconds_count") == 1
     for tenant, nanoseconds in shares:
         assert value(metrics, "salver_device_seconds_total", tenant=tenant) == nanoseconds / 1e9

@@ -146,10 +146,20 @@ def test_a_bad_variable_names_its_flag(capsys: pytest.CaptureFixture[str]) -> No
     assert "SALVER_OFFLINE" in refused(capsys, "m", SALVER_OFFLINE="perhaps")
 
 
-def test_no_model_and_one_port_for_both(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_model_and_one_port_for_two(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MODEL" in refused(capsys)
     assert "--metrics-port" in refused(capsys, "m", "--port", "9000", "--metrics-port", "9000")
-    assert parse_config(["m", "--port", "0", "--metrics-port", "0"], {}).port == 0
+    for one, other in (
+        ("--port", "--health-port"),
+        ("--admin-port", "--port"),
+        ("--health-port", "--admin-port"),
+        ("--metrics-port", "--admin-port"),
+    ):
+        said = refused(capsys, "m", one, "9000", other, "9000")
+        assert one in said and other in said and "9000 is taken" in said
+    assert parse_config(["m", "--port", "0", "--metrics-port", "0", "--health-port", "0"], {}).port == 0
+    elsewhere = ["--port", "9000", "--metrics-port", "9000", "--metrics-host", "127.0.0.2"]
+    assert parse_config(["m", *elsewhere], {}).metrics_port == 9000
 
 
 @pytest.mark.parametrize(

@@ -13,35 +13,28 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
-from salver.model.chat_template import ChatTemplate, ChatTemplateError
-from salver.model.checkpoint import resolve_checkpoint, weights_digest
-from salver.model.config_reader import FieldsRead
-from salver.model.embedding_spec import EmbeddingSpec, read_embedding_spec
-from salver.model.encoder_config import read_any_spec
-from salver.model.encoder_spec import EncoderSpec
-from salver.model.errors import CheckpointError
-from salver.model.generation_config import GenerationConfig
 from salver.model.hyperparameters import hyperparameters
-from salver.model.kernels.build import KernelUnavailable, find_or_build
-from salver.model.precision import default_dtype_name, weights_dtype_name
-from salver.model.spec import ModelSpec
-from salver.model.tokenizer import Tokenizer
 from salver.server.admission import Admission
-from salver.server.catalog import CATALOG, CatalogError, fetch
 from salver.server.config import ServerConfig
 from salver.server.engine.errors import EngineStartError
 from salver.server.engine.process import EngineProcess, EngineState
 from salver.server.engine.request import Ready, StepMessage
-from salver.server.hub import HubError, fetch_from_hub, is_hub_id
+from salver.server.loading import (
+    Loaded,
+    StartError,
+    check_adapters,
+    find_checkpoint,
+    find_kernel,
+    find_speculative_checkpoint,
+    load_front,
+    served_name,
+)
 from salver.server.log import log_event
 from salver.server.metrics import Metrics
 from salver.server.metrics_compat import exposed
@@ -51,9 +44,11 @@ from salver.server.rpc.models import version
 from salver.server.rpc.served import Front, RequestLimits, ServedModel
 from salver.server.rpc.server import STATUS_CODES, PortInUse, RpcServer, all_methods
 from salver.server.rpc.tracing import TracingUnavailable
+from salver.server.startup_phases import StartupPhases, process_age, say
 
 _log = logging.getLogger("salver.server")
 _OPEN_FILES = 65536
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _T = TypeVar("_T")
 
 
@@ -86,167 +81,8 @@ async def _in_daemon_thread(work: Callable[[], _T]) -> _T:
     return await result
 
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-class StartError(Exception):
-    """The server cannot start; the message is for a person and names what to change."""
-
-
 class _Ended(Exception):
     """A signal came while the model was still loading."""
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _process_age() -> float:
-    """Seconds since this process was started, where the system tells; else since this module's import."""
-    try:
-        start_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        boot = time.clock_gettime(time.CLOCK_BOOTTIME)
-        return boot - start_ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError, IndexError):
-        return time.monotonic() - _IMPORTED
-
-
-_IMPORTED = time.monotonic()
-
-
-@dataclass(slots=True)
-class StartupPhases:
-    """How long each part of the start took; printed as they end, told to `tell` and by GetServerInfo."""
-
-    tell: Callable[[str, float], None]
-    done: list[tuple[str, float]] = field(default_factory=list)
-
-    def add(self, name: str, seconds: float) -> None:
-        self.done.append((name, seconds))
-        self.tell(name, seconds)
-        _say(f"  {name:<28}{seconds:8.3f} s")
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.add(name, time.monotonic() - start)
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What is read of the checkpoint by the front."""
-
-    spec: ModelSpec | EncoderSpec
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
-    generation_config: GenerationConfig
-    checkpoint: Path
-    embedding: EmbeddingSpec
-    fields: FieldsRead
-
-
-def check_adapters(config: ServerConfig, name: str) -> None:
-    """Raises StartError for an adapter that has the model's own name, and for a root that is not there."""
-    if name in dict(config.adapter):
-        raise StartError(f"--adapter {name}: that is the name of the model (--served-name)")
-    for flag, root in (("--adapter-root", config.adapter_root), ("--weights-root", config.weights_root)):
-        if root is not None and not root.is_dir():
-            raise StartError(f"{flag} {root}: is no directory")
-
-
-def served_name(config: ServerConfig) -> str:
-    """--served-name, or the catalog name, or the last component of the path (without `.gguf`)."""
-    if config.served_name is not None:
-        return config.served_name
-    if config.model in CATALOG:
-        return config.model
-    path = Path(config.model).absolute()
-    return path.stem if path.suffix.lower() == ".gguf" else path.name
-
-
-def find_checkpoint(config: ServerConfig) -> tuple[Path, str]:
-    """The checkpoint's directory and the digest of its weights. Raises StartError."""
-    checkpoint = _resolve(config, config.model, "MODEL")
-    try:
-        return checkpoint, weights_digest(checkpoint, config.resolved_cache_dir)
-    except CheckpointError as error:
-        raise StartError(str(error)) from error
-
-
-def find_speculative_checkpoint(config: ServerConfig, checkpoint: Path) -> Path | None:
-    """The draft model's directory, None where there is none. Raises StartError: also for other tokens."""
-    if config.speculative_model is None:
-        return None
-    found = _resolve(config, config.speculative_model, "--speculative-model")
-    try:
-        ours, theirs = (Tokenizer.from_directory(path) for path in (checkpoint, found))
-    except CheckpointError as error:
-        raise StartError(f"--speculative-model: {error}") from error
-    for index in range(max(ours.vocab_size, theirs.vocab_size)):
-        if ours.token(index) != theirs.token(index):
-            raise StartError(
-                f"--speculative-model {config.speculative_model}: its tokens are not the model's: "
-                f"token {index} is {theirs.token(index)!r}, not {ours.token(index)!r}"
-            )
-    return found
-
-
-def _resolve(config: ServerConfig, source: str, flag: str) -> Path:
-    """The directory of the checkpoint that `flag` names. Raises StartError."""
-    cache = config.resolved_cache_dir
-    try:
-        if source in CATALOG and not Path(source).exists():
-            source = str(fetch(source, cache, config.offline, _say))
-        elif not Path(source).exists() and is_hub_id(source):
-            revision = config.revision if flag == "MODEL" else None
-            source = str(fetch_from_hub(source, revision, cache, config.offline, _say))
-        elif not Path(source).exists():
-            raise StartError(
-                f"{flag} {source!r} is neither a catalog name ({', '.join(sorted(CATALOG))}) nor a "
-                "checkpoint directory nor a .gguf file, nor a hub id (org/name)"
-            )
-        elif flag == "MODEL" and config.revision is not None:
-            raise StartError(f"--revision {config.revision}: {source} is on the disk and has none")
-        dtype = default_dtype_name(config.device) if config.dtype == "auto" else config.dtype
-        return resolve_checkpoint(source, cache, weights_dtype_name(dtype, config.quantization), _say)
-    except (CatalogError, HubError, CheckpointError) as error:
-        raise StartError(str(error)) from error
-
-
-def find_kernel(config: ServerConfig) -> tuple[str, str]:
-    """The native kernel's path, compiled if need be; or nothing, and why. Raises StartError."""
-    if config.kernels == "torch" or config.device == "cuda":
-        return "", ""
-    if config.kernels == "auto" and config.device == "auto" and Path("/dev/nvidiactl").exists():
-        return "", "this machine has a GPU"
-    try:
-        return str(find_or_build(config.resolved_cache_dir, _say)), ""
-    except KernelUnavailable as error:
-        if config.kernels == "native":
-            raise StartError(f"--kernels native: {error}") from error
-        return "", str(error)
-
-
-def load_front(checkpoint: Path) -> _Loaded:
-    """What the front needs of the checkpoint, torch-free. Raises StartError."""
-    fields = FieldsRead()
-    try:
-        spec = read_any_spec(checkpoint, fields)
-        output_start = 0
-        if isinstance(spec, ModelSpec) and spec.encoder is not None:
-            output_start = len(spec.output_start) or 1
-        return _Loaded(
-            spec,
-            Tokenizer.from_directory(checkpoint),
-            ChatTemplate.from_directory(checkpoint),
-            GenerationConfig.from_directory(checkpoint, output_start=output_start),
-            checkpoint,
-            read_embedding_spec(checkpoint),
-            fields,
-        )
-    except (CheckpointError, ChatTemplateError) as error:
-        raise StartError(str(error)) from error
 
 
 class Application:
@@ -284,11 +120,11 @@ class Application:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        _say(f"salver {version()}")
+        say(f"salver {version()}")
         metrics_server: WSGIServer | None = None
         try:
             self.address = await self._open()
-            _say(f"listening on {self.address}")
+            say(f"listening on {self.address}")
             self._say_guards()
             metrics_server = await self._open_metrics()
             try:
@@ -296,9 +132,9 @@ class Application:
             except _Ended:
                 _log.info("ended while loading")
                 return 0
-            _say(f"serving {self.name} on {self.address}")
+            say(f"serving {self.name} on {self.address}")
             await self._signalled.wait()
-            _say(f"draining: running calls have {self.config.drain_period:g} s; a second signal ends at once")
+            say(f"draining: running calls have {self.config.drain_period:g} s; a second signal ends at once")
             await self.rpc.drain()
             return 0
         finally:
@@ -309,7 +145,7 @@ class Application:
             self._signalled.set()
             return
         # The worker ends by itself when its socket closes.
-        _say("ended by a second signal")
+        say("ended by a second signal")
         os._exit(128 + number)
 
     def _say_guards(self) -> None:
@@ -318,7 +154,7 @@ class Application:
         tls = "" if config.tls_cert is None else "mTLS" if config.tls_client_ca is not None else "TLS"
         on = [word for word in (tls, "tokens" if config.tokens is not None else "") if word]
         if on:
-            _say(f"calls need {' and '.join(on)}")
+            say(f"calls need {' and '.join(on)}")
         if config.tokens is not None and not tls and config.host not in _LOOPBACK:
             _log.warning("--tokens without --tls-cert: everybody on the way can read the tokens")
         if config.admin_is_open and config.admin_tls[0] is None:
@@ -327,9 +163,9 @@ class Application:
     async def _open(self) -> str:
         try:
             if (probes := await self.rpc.open_health_port()) is not None:
-                _say(f"health on {probes}")
+                say(f"health on {probes}")
             if (admin := await self.rpc.open_admin_port()) is not None:
-                _say(f"admin on {admin}")
+                say(f"admin on {admin}")
             return await self.rpc.open()
         except PortInUse as error:
             raise StartError(str(error)) from error
@@ -346,7 +182,7 @@ class Application:
             reason = error.strerror or error
             raise StartError(f"--metrics-port {port}: cannot listen on {host}:{port}: {reason}") from error
         shown = f"[{host}]" if ":" in host else host
-        _say(f"metrics on http://{shown}:{server.server_port}/metrics")
+        say(f"metrics on http://{shown}:{server.server_port}/metrics")
         return server
 
     async def _unless_signalled(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -366,7 +202,7 @@ class Application:
 
     async def _load(self) -> None:
         phases = self.phases
-        phases.add("start the front", _process_age())
+        phases.add("start the front", process_age())
         with phases.phase("find the checkpoint"):
             checkpoint, digest = await _in_daemon_thread(lambda: find_checkpoint(self.config))
             draft = await _in_daemon_thread(lambda: find_speculative_checkpoint(self.config, checkpoint))
@@ -409,7 +245,7 @@ class Application:
         self.rpc.weights.serve(self.engine)
         self.rpc.set_ready(True)
         phases.add("since torch was imported", after_torch + time.monotonic() - ready_at)
-        phases.add("since the process started", _process_age())
+        phases.add("since the process started", process_age())
         self._describe(ready, model.limits)
 
     def _describe(self, ready: Ready, limits: RequestLimits) -> None:
@@ -422,7 +258,7 @@ class Application:
             kv_cache_tokens=limits.cache_tokens,
         )  # fmt: skip
 
-    def _served_model(self, loaded: _Loaded, ready: Ready, digest: str) -> ServedModel:
+    def _served_model(self, loaded: Loaded, ready: Ready, digest: str) -> ServedModel:
         config = self.config
         return ServedModel(
             name=self.name,

@@ -19,8 +19,9 @@ def command(argv: list[str]) -> int:
     # handles it would be lost, and the container killed a grace period later.
     signal.signal(signal.SIGTERM, _end_at_once)
     # Imported here, so that a command line that only lists its subcommands stays fast.
-    from salver.server.app import StartError, run
+    from salver.server.app import run
     from salver.server.config import parse_config
+    from salver.server.loading import StartError
     from salver.server.log import set_up_logging
 
     try:
@@ -40,8 +41,8 @@ def pull(argv: list[str]) -> int:
 
     Converts it too, where that is needed: a later `salver serve` starts at once, and `--offline`.
     """
-    from salver.server.app import StartError, find_checkpoint, find_speculative_checkpoint
     from salver.server.config import parse_config
+    from salver.server.loading import StartError, find_checkpoint, find_speculative_checkpoint
     from salver.server.log import set_up_logging
 
     try:

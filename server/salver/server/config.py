@@ -23,38 +23,21 @@ from salver.server.engine.changes import adapter_sources
 from salver.server.engine.config import EngineConfig
 from salver.server.flags import flag as _flag
 from salver.server.flags import integer as _integer
-from salver.server.flags import parse_duration, parse_share, parse_size, port_or_off
+from salver.server.flags import (
+    message_size,
+    named_directories,
+    parse_duration,
+    parse_share,
+    parse_size,
+    port_or_off,
+    printable_name,
+)
 from salver.server.observability_config import ObservabilityConfig
 from salver.server.security_config import check_security
 
 DEFAULT_DRAFT_TOKENS = 8
 _CONFIG_VARIABLE = "SALVER_CONFIG"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def _message_size(text: str) -> int:
-    size = parse_size(text)
-    if size > 2**31 - 1:
-        raise configargparse.ArgumentTypeError(f"{text!r} must be below 2GiB")
-    return size
-
-
-def _adapters(text: str) -> tuple[tuple[str, str], ...]:
-    found: dict[str, str] = {}
-    for part in text.split(","):
-        name, sign, directory = part.strip().partition("=")
-        if not (name and sign and directory):
-            raise configargparse.ArgumentTypeError(f"{part!r}: NAME=DIR was expected")
-        if name in found:
-            raise configargparse.ArgumentTypeError(f"the name {name!r} is there twice")
-        found[name] = directory
-    return tuple(found.items())
-
-
-def _name(text: str) -> str:
-    if not text.strip() or len(text) > 256 or not text.isprintable():
-        raise configargparse.ArgumentTypeError("must be 1 to 256 printable characters")
-    return text
 
 
 def default_cache_dir() -> Path:
@@ -77,12 +60,12 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
         None,
         "Model",
         "of a hub id: a branch, a tag, or a commit",
-        parse=_name,
+        parse=printable_name,
         metavar="REVISION",
         shown="main",
     )
     served_name: str | None = _flag(
-        None, "Model", "the name that requests use", parse=_name, metavar="NAME",
+        None, "Model", "the name that requests use", parse=printable_name, metavar="NAME",
         shown="the catalog name, or the last component of the path",
     )  # fmt: skip
     cache_dir: Path | None = _flag(  # noqa: RUF009 - it makes a field, which is immutable
@@ -91,7 +74,7 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
     )  # fmt: skip
     adapter: tuple[tuple[str, str], ...] = _flag(
         (), "Model", "LoRA adapters (PEFT directories) beside the model, NAME=DIR with commas between them; "
-        "requests ask one by its name", parse=_adapters, metavar="NAME=DIR", shown="none",
+        "requests ask one by its name", parse=named_directories, metavar="NAME=DIR", shown="none",
     )  # fmt: skip
     offline: bool = _flag(False, "Model", "download nothing; fail when the model is not in the cache")
 
@@ -106,7 +89,7 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
     )  # fmt: skip
     max_message_size: int = _flag(
         16 * 1024**2, "Network", "largest gRPC message, in either direction",
-        parse=_message_size, metavar="SIZE", shown="16MiB",
+        parse=message_size, metavar="SIZE", shown="16MiB",
     )  # fmt: skip
     max_connection_age: float = _flag(
         1800.0, "Network", "ask clients to reconnect after this long, so that load balancers can move them; "
@@ -354,12 +337,19 @@ def parse_config(
     check_admin(config, parser)
     _check_adapters(config, parser)
     _check_ranks(config, parser)
-    same_host = config.resolved_metrics_host == config.host
-    if config.port and config.metrics_port == config.port and same_host:
-        parser.error(f"argument --metrics-port: {config.port} is the gRPC port (--port) already")
-    if config.port and config.admin_port == config.port:
-        parser.error(f"argument --admin-port: {config.port} is the gRPC port (--port) already")
+    _check_ports(config, parser)
     return config
+
+
+def _check_ports(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:
+    """Each port is one flag's; that of metrics may have an address of its own."""
+    ports = {"--port": config.port, "--health-port": config.health_port, "--admin-port": config.admin_port}
+    if config.resolved_metrics_host == config.host:
+        ports["--metrics-port"] = config.metrics_port
+    taken: dict[int, str] = {}
+    for name, port in ports.items():
+        if port and (other := taken.setdefault(port, name)) != name:
+            parser.error(f"argument {name}: {port} is taken by {other} already")
 
 
 def _check_adapters(config: ServerConfig, parser: configargparse.ArgumentParser) -> None:

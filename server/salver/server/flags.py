@@ -73,6 +73,34 @@ def port_or_off(text: str) -> int | None:
     return integer(0, 65535)(text)
 
 
+def message_size(text: str) -> int:
+    """As `parse_size`, of what gRPC can send."""
+    size = parse_size(text)
+    if size > 2**31 - 1:
+        raise configargparse.ArgumentTypeError(f"{text!r} must be below 2GiB")
+    return size
+
+
+def named_directories(text: str) -> tuple[tuple[str, str], ...]:
+    """Names and directories of `a=DIR,b=DIR`."""
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, sign, directory = part.strip().partition("=")
+        if not (name and sign and directory):
+            raise configargparse.ArgumentTypeError(f"{part!r}: NAME=DIR was expected")
+        if name in found:
+            raise configargparse.ArgumentTypeError(f"the name {name!r} is there twice")
+        found[name] = directory
+    return tuple(found.items())
+
+
+def printable_name(text: str) -> str:
+    """1 to 256 printable characters."""
+    if not text.strip() or len(text) > 256 or not text.isprintable():
+        raise configargparse.ArgumentTypeError("must be 1 to 256 printable characters")
+    return text
+
+
 def flag(
     default: Any,
     group: str,

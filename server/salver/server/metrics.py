@@ -40,6 +40,8 @@ LATENCY_BUCKETS = (
 # Gaps between tokens and lengths of steps: finer where they are.
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+LENGTH_BUCKETS = (*TOKEN_BUCKETS, 32768, 65536, 131072)
+SEQUENCE_BUCKETS = TOKEN_BUCKETS[:11]
 
 
 class Page(Protocol):
@@ -200,7 +202,19 @@ class Metrics:
         )
         self._prompt_tokens = counter("prompt_tokens_total", "Tokens of the prompts that were started.")
         self._generation_tokens = counter("generation_tokens_total", "Tokens generated.")
+        self._prompt_length = histogram(
+            "request_prompt_tokens", "Tokens of the prompts (or texts) of a request.", LENGTH_BUCKETS
+        )
+        self._sample_length = histogram(
+            "request_generation_tokens", "Tokens of a sample at its end.", LENGTH_BUCKETS
+        )
+        self._longest_sample = histogram(
+            "request_max_generation_tokens", "Tokens of the longest sample of a request.", LENGTH_BUCKETS
+        )
         self._batch_tokens = histogram("batch_tokens", "Tokens computed in a step.", TOKEN_BUCKETS)
+        self._batch_sequences = histogram(
+            "batch_sequences", "Sequences computed in a step.", SEQUENCE_BUCKETS
+        )
         self._step_duration = histogram("step_duration_seconds", "Duration of a step.", STEP_BUCKETS)
         self._step_model_duration = histogram(
             "step_model_duration_seconds", "Of a step, inside the model's forward pass.", STEP_BUCKETS
@@ -313,8 +327,17 @@ class Metrics:
         """One sample ended; `finish_reason` is one of FINISH_REASONS."""
         self._success[finish_reason].inc()
 
-    def request_ended(self, timings: SequenceTimings, seconds: float) -> None:
+    def sample_ended(self, num_tokens: int) -> None:
+        """A sample ended with so many tokens, those that it was resumed with included."""
+        self._sample_length.observe(num_tokens)
+
+    def longest_sample(self, num_tokens: int) -> None:
+        """Of a request that was answered."""
+        self._longest_sample.observe(num_tokens)
+
+    def request_ended(self, timings: SequenceTimings, seconds: float, prompt_tokens: int) -> None:
         """One request was answered, so long after its arrival."""
+        self._prompt_length.observe(prompt_tokens)
         self._queue.observe(timings.queue)
         self._prefill.observe(timings.prefill)
         self._decode.observe(timings.decode)
@@ -324,6 +347,7 @@ class Metrics:
         """The worker computed a step."""
         if message.stats is not None and message.stats.num_tokens:
             self._batch_tokens.observe(message.stats.num_tokens)
+            self._batch_sequences.observe(message.stats.num_sequences)
             self._step_duration.observe(message.stats.duration)
             self._step_model_duration.observe(message.stats.model_duration)
             for tenant, nanoseconds in message.stats.tenants:

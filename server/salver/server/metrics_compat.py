@@ -4,7 +4,8 @@ Only names and labels differ: the values are those of `salver_*`, whose families
 Prometheus asks. So boards, KEDA examples and gateways made for those servers work. A metric of
 theirs that we have no equal of is left out rather than made up.
 
-Sources: vllm/v1/metrics/loggers.py, text-embeddings-inference/router.
+Sources: vllm/v1/metrics/loggers.py and vllm/v1/spec_decode/metrics.py of vLLM 0.32; router/ and core/ of
+text-embeddings-inference.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class _Flavor:
     families: Mapping[str, str]
     labels: Mapping[str, str]
     added: Mapping[str, str] = field(default_factory=dict)
+    totals: bool = True  # whether their counters end in _total
 
 
 _VLLM = _Flavor(
@@ -40,6 +42,9 @@ _VLLM = _Flavor(
         "vllm:generation_tokens": "salver_generation_tokens",
         "vllm:iteration_tokens_total": "salver_batch_tokens",
         "vllm:request_success": "salver_request_success",
+        "vllm:request_prompt_tokens": "salver_request_prompt_tokens",
+        "vllm:request_generation_tokens": "salver_request_generation_tokens",
+        "vllm:request_max_num_generation_tokens": "salver_request_max_generation_tokens",
         "vllm:time_to_first_token_seconds": "salver_time_to_first_token_seconds",
         "vllm:inter_token_latency_seconds": "salver_inter_token_latency_seconds",
         "vllm:e2e_request_latency_seconds": "salver_e2e_request_latency_seconds",
@@ -57,12 +62,14 @@ _TEI = _Flavor(
     {
         "te_queue_size": "salver_num_requests_waiting",
         "te_batch_next_tokens": "salver_batch_tokens",
+        "te_batch_next_size": "salver_batch_sequences",
         "te_request_duration": "salver_e2e_request_latency_seconds",
         "te_request_queue_duration": "salver_request_queue_time_seconds",
         "te_request_inference_duration": "salver_request_prefill_time_seconds",
         "te_request_success": "salver_request_success",
     },
     {},
+    totals=False,
 )
 _BY_NAME = {"vllm": _VLLM, "tei": _TEI}
 
@@ -90,9 +97,11 @@ def exposed(registry: CollectorRegistry, flavor: str | None) -> CollectorRegistr
 
 
 def _renamed(family: Metric, name: str, flavor: _Flavor) -> Metric:
-    renamed = Metric(name, family.documentation, family.type)
+    # The text format ends a counter's name in _total; without it, a series is of no type.
+    bare = family.type == "counter" and not flavor.totals
+    renamed = Metric(name, family.documentation, "unknown" if bare else family.type)
     for sample in family.samples:
         labels = {flavor.labels.get(label, label): value for label, value in sample.labels.items()}
-        sample_name = name + sample.name.removeprefix(family.name)
+        sample_name = name if bare else name + sample.name.removeprefix(family.name)
         renamed.samples.append(Sample(sample_name, {**labels, **flavor.added}, sample.value))
     return renamed

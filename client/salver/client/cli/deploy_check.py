@@ -22,7 +22,7 @@ from salver.client.cli.output import as_json, table
 from salver.client.client import Client
 from salver.client.errors import SalverError, Unauthenticated
 from salver.client.options import ConnectionOptions
-from salver.client.types import ServerInfo
+from salver.client.types import Model, ServerInfo
 
 OK, WARN, FAIL, SKIPPED = "ok", "warn", "FAIL", "skipped"
 # Beside the drain, a pod's grace has preStop (5 s) and the end of the process (5 s): deploy/kubernetes.
@@ -82,10 +82,21 @@ def _health(client: Client, name: str) -> tuple[str, str]:
     return (OK if status == "SERVING" else FAIL), status
 
 
+def _generates(model: Model) -> bool:
+    """Whether text can be asked for; all other checkpoints embed."""
+    return "generate" in model.tasks
+
+
 def _answer(client: Client) -> tuple[str, str]:
+    model = client.get_model(timeout=10)
     start = time.monotonic()
-    result = client.generate("Hello", max_tokens=1, temperature=0, timeout=60)
-    return OK, f"one token of {result.model} in {time.monotonic() - start:.3f} s"
+    if _generates(model):
+        what = "token"
+        client.generate("Hello", max_tokens=1, temperature=0, timeout=60)
+    else:
+        what = "embedding"
+        client.embed("Hello", timeout=60)
+    return OK, f"one {what} of {model.name} in {time.monotonic() - start:.3f} s"
 
 
 def _server(info: ServerInfo) -> Finding:
@@ -179,7 +190,7 @@ def _metrics(url: str | None) -> tuple[str, str]:
 
 @dataclass(slots=True)
 class _Load:
-    """Streams that run all the time."""
+    """Streams (or calls) that run all the time."""
 
     finished: int = 0
     resumed: int = 0
@@ -190,19 +201,27 @@ class _Load:
 def watch(client: Client, going_on: Callable[[], bool], streams: int) -> tuple[str, str]:
     """Streams one after another in each of `streams` threads; restart the deployment meanwhile.
 
-    FAIL when one was lost: ended by an error, whatever the client did to resume it.
+    Of a checkpoint that generates nothing embeddings are asked instead. FAIL when one was lost: ended by an
+    error, whatever the client did to resume it (or to try again).
     """
     load = _Load()
+    generates = _generates(client.get_model(timeout=60))
+
+    def ask() -> int:
+        if not generates:
+            client.embed("Count: 1, 2, 3,")
+            return 0
+        with client.stream_generate("Count: 1, 2, 3,", max_tokens=64, ignore_eos=True) as stream:
+            for _ in stream:
+                pass
+            return stream.resumptions
 
     def run() -> None:
         while going_on():
             lost = ""
             resumptions = 0
             try:
-                with client.stream_generate("Count: 1, 2, 3,", max_tokens=64, ignore_eos=True) as stream:
-                    for _ in stream:
-                        pass
-                    resumptions = stream.resumptions
+                resumptions = ask()
             except SalverError as error:
                 lost = f"{error.code.name}: {error}"
                 time.sleep(0.1)
@@ -217,5 +236,8 @@ def watch(client: Client, going_on: Callable[[], bool], streams: int) -> tuple[s
         thread.start()
     for thread in threads:
         thread.join()
-    detail = f"{load.finished} streams whole, {load.resumed} of them resumed elsewhere, {len(load.lost)} lost"
+    detail = f"{load.finished} embeddings"
+    if generates:
+        detail = f"{load.finished} streams whole, {load.resumed} of them resumed elsewhere"
+    detail += f", {len(load.lost)} lost"
     return (FAIL, f"{detail}, first: {load.lost[0]}") if load.lost else (OK, detail)

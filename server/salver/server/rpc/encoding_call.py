@@ -173,7 +173,7 @@ class EncodingCall:
             for guard in guards:
                 guard.__exit__(None, None, None)
         timings = self._timings()
-        self._metrics.request_ended(timings, time.monotonic() - self._arrival)
+        self._metrics.request_ended(timings, time.monotonic() - self._arrival, num_tokens)
         for _ in self._sinks:
             self._metrics.succeeded("encode")
         return Computed(list(arrays), num_tokens, timings, self._books if self._explain else None)

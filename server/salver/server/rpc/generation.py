@@ -68,6 +68,7 @@ class _Generation:
     stream: GenerationStream
     configuration: Configuration
     reader: AnswerReader | None
+    longest: int = 0  # tokens of the longest sample that has ended
 
     def response(self, kind: Callable[..., _Response], deltas: list[CompletionDelta]) -> _Response:
         seed = self.engine_request.sampling.seed
@@ -149,10 +150,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> _Response:
         async with self._generation(request, context) as generation:
             update = await generation.stream.collect()
+            self._count_ended(generation, update)
             # In order of their index, whichever ended first.
             response = generation.response(kind, sorted(update.deltas, key=lambda delta: delta.index))
             generation.add_prompt(response, update.prompt_logprobs)
-            generation.add_usage(response, self._finished(generation, update))
+            generation.add_usage(response, self._finished(generation))
             return response
 
     async def _stream(
@@ -166,6 +168,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             held: list[CompletionDelta] = []
             first = True
             async for update in generation.stream:
+                self._count_ended(generation, update)
                 # The prompt's log-probabilities come in chunks and go out whole, in the first message.
                 # A sample held for them was complete when it was resumed, so it comes only once.
                 prompt += update.prompt_logprobs
@@ -179,24 +182,24 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     generation.add_prompt(response, prompt)
                     prompt, wanted = [], 0
                 if update.finished:
-                    generation.add_usage(response, self._finished(generation, update, streamed=True))
-                else:
-                    self._count_ended(update)
+                    generation.add_usage(response, self._finished(generation))
                 await context.write(response)
 
-    def _finished(
-        self, generation: _Generation, update: GenerationUpdate, *, streamed: bool = False
-    ) -> float:
+    def _finished(self, generation: _Generation) -> float:
         """Tells the metrics; seconds from arrival to now."""
-        total = time.monotonic() - generation.engine_request.arrival
-        self._count_ended(update)
-        self._metrics.request_ended(generation.stream.timings, total)
+        request = generation.engine_request
+        total = time.monotonic() - request.arrival
+        self._metrics.request_ended(generation.stream.timings, total, request.num_input_tokens)
+        self._metrics.longest_sample(generation.longest)
         return total
 
-    def _count_ended(self, update: GenerationUpdate) -> None:
+    def _count_ended(self, generation: _Generation, update: GenerationUpdate) -> None:
         for delta in update.deltas:
             if delta.finish_reason is not None:
+                length = delta.token_offset + len(delta.token_ids)
+                generation.longest = max(generation.longest, length)
                 self._metrics.succeeded(delta.finish_reason.value)
+                self._metrics.sample_ended(length)
 
     @asynccontextmanager
     async def _generation(

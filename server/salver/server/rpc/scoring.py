@@ -145,7 +145,8 @@ async def score(
         permit.release()
     timings = _timings([sink.timings for sink in sinks])
     total = time.monotonic() - arrival
-    metrics.request_ended(timings, total)
+    num_tokens = sum(sink.request.num_input_tokens for sink in sinks)
+    metrics.request_ended(timings, total, num_tokens)
     for _ in sinks:
         metrics.succeeded("score")
     explanation = convert.explanation(books.explain(arrival + total), total) if request.explain else None
@@ -153,7 +154,7 @@ async def score(
         request_id=request.request_id,
         model=model.name,
         results=[_result(prompt, logprobs, model) for prompt, logprobs in zip(prompts, scored, strict=True)],
-        usage=common_pb2.Usage(prompt_tokens=sum(sink.request.num_input_tokens for sink in sinks)),
+        usage=common_pb2.Usage(prompt_tokens=num_tokens),
         timings=convert.timings(timings, total),
         numerics_id=model.numerics_id,
         weights_version=model.in_force.version,
