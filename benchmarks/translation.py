@@ -120,12 +120,12 @@ def _output_start(checkpoint: Path) -> tuple[int, ...]:
     return read_spec(checkpoint).output_start
 
 
-def transformers_of(checkpoint: Path, batch: int) -> Translate:
+def transformers_of(checkpoint: Path, batch: int, dtype: str = "float32") -> Translate:
     import torch
     import transformers
 
     torch.set_num_threads(THREADS)
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
 
     @torch.inference_mode()
     def translate(sources: list[list[int]]) -> int:
@@ -192,6 +192,7 @@ ENGINES: dict[str, Callable[[Path, int], Translate]] = {
     "salver-bf16": lambda checkpoint, batch: salver(checkpoint, batch, "bfloat16"),
     "salver-int8": lambda checkpoint, batch: salver(checkpoint, batch, "float32", "int8"),
     "transformers": transformers_of,
+    "transformers-bf16": lambda checkpoint, batch: transformers_of(checkpoint, batch, "bfloat16"),
     "ctranslate2": ctranslate2_of,
     "ctranslate2-int8": lambda checkpoint, batch: ctranslate2_of(checkpoint, batch, "int8"),
 }
@@ -215,6 +216,12 @@ def child(engine: str, checkpoint: Path, batches: list[int], repeats: int) -> No
     print(json.dumps(found))
 
 
+def ratio(speed: float, engine: str, measured: dict[str, dict[str, float]], batch: str) -> str:
+    """To transformers in bfloat16 for what computes in it, in float32 for all others."""
+    base = measured.get("transformers-bf16" if engine.endswith("bf16") else "transformers")
+    return "" if base is None else f" ({speed / base[batch]:.2f}x)"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -229,7 +236,7 @@ def main() -> int:
         child(args.child[0], Path(args.child[1]), args.batch, args.repeats)
         return 0
     work = f"{SOURCE_TOKENS} tokens in, {OUTPUT_TOKENS} out, greedy, {THREADS} threads"
-    print(f"{work}: tokens/s (of transformers')")
+    print(f"{work}: tokens/s (of transformers' in bfloat16 or float32)")
     with tempfile.TemporaryDirectory() as directory:
         for shape in args.shape:
             checkpoint = Path(directory) / shape
@@ -247,9 +254,8 @@ def main() -> int:
                     continue
                 measured[engine] = json.loads(done.stdout.splitlines()[-1])
             for batch in map(str, args.batch):
-                base = measured.get("transformers", {}).get(batch)
                 shown = [
-                    f"{engine} {of[batch]:.0f}" + (f" ({of[batch] / base:.2f}x)" if base else "")
+                    f"{engine} {of[batch]:.0f}" + ratio(of[batch], engine, measured, batch)
                     for engine, of in measured.items()
                 ]
                 print(f"{shape}, {batch} at once: " + ", ".join(shown), flush=True)

@@ -22,7 +22,7 @@ import torch
 from salver.server.engine import startup
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.launching import LaunchingModelRunner
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 from salver.server.engine.sequence import Sequence
 from salver.server.engine.worker import main
 

@@ -30,7 +30,7 @@ from salver.server.engine.request import (
     FinishReason,
     SequenceOutput,
 )
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 
 MAX_STEPS = 3000  # of a run; the longest needs a few hundred
 MAX_SOURCE = 24

@@ -8,7 +8,8 @@ from faults.simulation import Broken, main, simulate
 from salver.server.engine import scheduler
 from salver.server.engine.core import EngineCore, RowResult, StepResult
 from salver.server.engine.errors import OutOfMemory
-from salver.server.engine.scheduler import Schedule, Scheduler
+from salver.server.engine.schedule import Schedule
+from salver.server.engine.scheduler import Scheduler
 
 
 def test_nothing_is_lost_in_a_few_hundred_runs() -> None:

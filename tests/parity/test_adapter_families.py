@@ -32,7 +32,7 @@ from salver.server.engine.request import (
     SamplingParams,
     StoppingParams,
 )
-from salver.server.engine.scheduler import Schedule, Scheduled
+from salver.server.engine.schedule import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
 
 TOLERANCE = 2e-3

@@ -29,7 +29,7 @@ from salver.server.engine.batch import Part, build_batch
 from salver.server.engine.core import EngineCore, EngineLimits, StepResult
 from salver.server.engine.request import FinishReason
 from salver.server.engine.runner import within_memory
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

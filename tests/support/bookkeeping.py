@@ -15,7 +15,7 @@ from typing import Any
 from salver.server.engine.beam import Answer, BeamSearch, Candidate, num_candidates
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.request import EngineRequest, Logprobs, SamplingParams, StoppingParams
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 
 BLOCK = 4  # tokens
 VOCABULARY = 50

@@ -21,7 +21,7 @@ from salver.server.engine.request import (
     SequenceOutput,
     StoppingParams,
 )
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 from salver.server.metrics import Metrics
 from salver.server.rpc.errors import ApiError
 from salver.server.rpc.submission import Submissions

@@ -25,7 +25,7 @@ from salver.server.engine.request import (
     SequenceOutput,
     StepMessage,
 )
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 from salver.server.rpc import convert
 from salver.v1 import explanation_pb2
 

@@ -33,7 +33,7 @@ from salver.server.engine.request import (
     StepMessage,
     StoppingParams,
 )
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 
 LIMITS = EngineLimits(
     num_blocks=41, block_size=BLOCK, max_model_len=96, max_num_seqs=8, max_num_batched_tokens=16,

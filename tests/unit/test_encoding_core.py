@@ -20,7 +20,7 @@ from salver.server.engine.request import (
     SequenceOutput,
     StoppingParams,
 )
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 from salver.server.rpc.convert import add_floats
 from salver.v1 import encoding_pb2
 

@@ -16,7 +16,8 @@ from salver.server.engine.request import (
     FinishReason,
     SequenceOutput,
 )
-from salver.server.engine.scheduler import Schedule, Scheduler
+from salver.server.engine.schedule import Schedule
+from salver.server.engine.scheduler import Scheduler
 
 LIMITS = EngineLimits(
     num_blocks=33, block_size=BLOCK, max_model_len=96, max_num_seqs=6, max_num_batched_tokens=16,

@@ -11,7 +11,7 @@ from support.bookkeeping import BookkeepingRunner, request
 from salver.server.engine.core import EngineLimits
 from salver.server.engine.inline import InlineEngine
 from salver.server.engine.request import EngineRequest, SequenceOutput
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 from salver.server.tenants import Tenant
 
 LIMITS = EngineLimits(

@@ -34,7 +34,8 @@ PURE = (
         f"{ENGINE}.{name}"
         for name in (
             *("accounting", "beam", "beam_groups", "blocks", "changes", "config", "core", "cross_cache"),
-            *("drafts", "errors", "inline", "overlap", "request", "scheduler", "sequence", "waiting"),
+            *("drafts", "errors", "inline", "overlap", "request", "schedule", "scheduler", "sequence"),
+            *("step_budget", "waiting"),
         )
     ),
 )

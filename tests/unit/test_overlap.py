@@ -20,7 +20,7 @@ from salver.server.engine.request import (
     SamplingParams,
     SequenceOutput,
 )
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 from salver.server.engine.sequence import PENDING, Sequence, SequenceStatus
 
 LIMITS = EngineLimits(33, BLOCK, 96, 6, 16, check_integrity=True)

@@ -17,7 +17,7 @@ from salver.server.engine.core import StepResult
 from salver.server.engine.drafts import Offer, PromptLookup, Speculation, StepCosts
 from salver.server.engine.inline import InlineEngine
 from salver.server.engine.request import EngineRequest, FinishReason, StoppingParams
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 from salver.server.engine.sequence import Sequence
 
 FREE = StepCosts([(1, 1.0), (1000, 1.0)])  # a step takes as long with any number of rows

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from salver.server.step_times import StepTimes
 
 if TYPE_CHECKING:
-    from salver.server.engine.scheduler import Scheduled
+    from salver.server.engine.schedule import Scheduled
     from salver.server.engine.sequence import Sequence as EngineSequence
 
 

@@ -14,7 +14,7 @@ from salver.model.encoder import Masks, SelfAttention
 from salver.server.engine.core import RowResult
 from salver.server.engine.readouts import put_attention
 from salver.server.engine.request import AttentionOf
-from salver.server.engine.scheduler import Scheduled
+from salver.server.engine.schedule import Scheduled
 from salver.server.engine.sequence import Sequence
 from salver.server.engine.source_reader import OnSource, SourceReader
 

@@ -24,7 +24,8 @@ from salver.server.engine.request import (
     StepMessage,
     StepStats,
 )
-from salver.server.engine.scheduler import Schedule, Scheduled, Scheduler
+from salver.server.engine.schedule import Schedule, Scheduled
+from salver.server.engine.scheduler import Scheduler
 from salver.server.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class EngineLimits:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    tokens_for_one: int = 0  # that a step computes in about the time of one; see `scheduler`
+    tokens_for_one: int = 0  # that a step computes in about the time of one; see `step_budget`
     priority_interval: float = 1.0
     rope_context: tuple[int, str] = (0, "")  # as in ModelSpec
     max_source_len: int = 0  # of an encoder-decoder's sources; 0: there is no encoder

@@ -17,7 +17,7 @@ from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.readouts import Dense, put_attention, read_states
 from salver.server.engine.request import EncodingParams, Readout
 from salver.server.engine.runner import within_memory
-from salver.server.engine.scheduler import Schedule, Scheduled
+from salver.server.engine.schedule import Schedule, Scheduled
 
 if TYPE_CHECKING:
     from salver.model.kernels.encoder_program import NativeEncoder

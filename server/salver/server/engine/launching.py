@@ -14,7 +14,7 @@ from salver.server.engine.batch import Batch, Part, build_batch
 from salver.server.engine.core import RowResult, StepResult
 from salver.server.engine.overlap import Flight
 from salver.server.engine.runner import ModelRunner, sampling_rows, within_memory
-from salver.server.engine.scheduler import Schedule
+from salver.server.engine.schedule import Schedule
 from salver.server.engine.sequence import PENDING, Sequence
 
 

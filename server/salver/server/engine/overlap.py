@@ -17,7 +17,7 @@ from typing import Protocol
 from salver.server.engine.core import EngineCore, EngineLimits, Runner, StepResult
 from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.request import EngineRequest, StepMessage, StepStats
-from salver.server.engine.scheduler import Schedule, Scheduled
+from salver.server.engine.schedule import Schedule, Scheduled
 from salver.server.engine.sequence import PENDING, Sequence, SequenceStatus
 
 

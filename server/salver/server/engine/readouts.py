@@ -14,7 +14,7 @@ from salver.model.sampling import StepDistribution
 from salver.model.spec import ModelSpec
 from salver.server.engine.core import RowResult
 from salver.server.engine.request import Readout
-from salver.server.engine.scheduler import Scheduled
+from salver.server.engine.schedule import Scheduled
 
 Dense = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 

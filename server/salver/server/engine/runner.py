@@ -33,7 +33,7 @@ from salver.server.engine.errors import OutOfMemory
 from salver.server.engine.graphs import DecodeGraphs
 from salver.server.engine.readouts import Dense, distribution_arrays, read_scores, read_states
 from salver.server.engine.request import AttentionOf, EncodingParams, EngineRequest, Logprobs, Readout
-from salver.server.engine.scheduler import Schedule, Scheduled
+from salver.server.engine.schedule import Schedule, Scheduled
 from salver.server.engine.sequence import Sequence
 from salver.server.engine.source_reader import SourceReader
 

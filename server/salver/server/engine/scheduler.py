@@ -8,12 +8,6 @@ tokens so far, and so does a resumed one: all the same case. An input that must 
 whole (an encoder's) takes no blocks and is never cut: it waits for a step with room, and one
 longer than that goes alone of its kind.
 
-While sequences decode, each prompt token in their step delays them. So as long as few
-sequences are on their way to their first token (one, or half as many as decode), a step has at
-most STRETCH times the tokens that it would take without prompts; otherwise, and while nothing
-decodes, the whole budget is used: a crowd that starts together is better served by that. Those of
-it that decode already don't count, or its last ones would wait for them.
-
 Order between tenants: see `waiting`. Order within a tenant: the class (arrival in whole priority
 intervals, less the priority), then the earlier deadline, then arrival. The class of a waiting
 request never changes while that of later arrivals grows, so whatever arrives, only requests of
@@ -26,7 +20,6 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from salver.server.engine.accounting import Cause, WaitClocks
 from salver.server.engine.beam_groups import BeamGroups
@@ -40,56 +33,10 @@ from salver.server.engine.cross_cache import (
 )
 from salver.server.engine.drafts import Speculation
 from salver.server.engine.request import NO_DEADLINE, EngineRequest, FinishReason
+from salver.server.engine.schedule import Schedule, Scheduled
 from salver.server.engine.sequence import OrderKey, Sequence, SequenceStatus, order_key
+from salver.server.engine.step_budget import StepBudget
 from salver.server.engine.waiting import WaitingQueue
-
-# Three times the tokens take less than twice the time: attention to long contexts and what a step
-# costs anyhow don't grow with them (docs/performance.md, "How cost grows").
-STRETCH = 3
-TOGETHER = 1.0  # seconds between the arrivals of a crowd
-
-
-@dataclass(slots=True)
-class Scheduled:
-    """Tokens `start : start + num_tokens` of a sequence are computed in this step.
-
-    The last of them can be drafts: guesses at what follows its newest token, checked in this step.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    draft: tuple[int, ...] = ()
-    reads_source: bool = False  # before them, the encoder reads all of the sequence's source
-
-    @property
-    def num_source_tokens(self) -> int:
-        """Of the source, if it is read in this step."""
-        return self.sequence.num_source_tokens if self.reads_source else 0
-
-    @property
-    def samples(self) -> bool:
-        """Whether it reaches the sequence's newest token, so that the next one can be chosen."""
-        reached = self.start + self.num_tokens - len(self.draft)
-        return self.sequence.generates and reached == self.sequence.num_tokens
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The tokens to compute, drafts last."""
-        return [*self.sequence.token_ids[self.start : self.start + self.num_tokens], *self.draft]
-
-
-@dataclass(slots=True)
-class Schedule:
-    """One step: what is computed, the block copies that come before, and who just began."""
-
-    scheduled: list[Scheduled] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    started: list[Sequence] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_tokens + item.num_source_tokens for item in self.scheduled)
 
 
 class Scheduler:
@@ -106,9 +53,10 @@ class Scheduler:
         speculation: Speculation | None = None,
         rope_context: tuple[int, str] = (0, ""),
     ) -> None:
-        """`tokens_for_one` is how many tokens a step computes in about the time of one; 0: prompts
-        have the whole budget also while others decode. `rope_context` is as in
-        `ModelSpec`. Raises ValueError for too small a budget."""
+        """`tokens_for_one` is as in `StepBudget`, `rope_context` as in `ModelSpec`.
+
+        Raises ValueError for too small a budget.
+        """
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs "
@@ -117,7 +65,7 @@ class Scheduler:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.tokens_for_one = tokens_for_one
+        self._step_budget = StepBudget(max_num_batched_tokens, tokens_for_one)
         self.priority_interval = priority_interval
         self.speculation = speculation
         self.rope_context = rope_context
@@ -341,24 +289,10 @@ class Scheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step; at least one for each running sequence."""
-        left = [(s, s.num_tokens - s.num_computed_tokens) for s in self.running]
-        decoding = [s for s, num_tokens in left if num_tokens == 1]
-        starting = [s for s, num_tokens in left if num_tokens > 1]
-        if not self.tokens_for_one or not decoding or self._is_crowd(starting, decoding):
-            return self.max_num_batched_tokens
-        return min(self.max_num_batched_tokens, STRETCH * max(self.tokens_for_one, len(decoding)))
-
-    def _is_crowd(self, starting: list[Sequence], decoding: list[Sequence]) -> bool:
-        """Whether those on their way to a first token, who waits for a free seat among them, are many
-        beside those that they disturb."""
-        arrivals = [s.arrival for s in starting]
         seats = self.max_num_seqs - len(self.running)
-        if seats > 0 and (best := self._best_waiting()) is not None:
-            arrivals += [best.arrival] * min(self.num_waiting, seats)
-        if len(arrivals) <= 1:
-            return False
-        before = max(arrivals) - TOGETHER
-        return len(arrivals) > max(1, sum(s.arrival < before for s in decoding) // 2)
+        best = self._best_waiting() if seats > 0 else None
+        waiting = 0 if best is None else min(self.num_waiting, seats)
+        return self._step_budget.tokens(self.running, waiting, 0.0 if best is None else best.arrival)
 
     def _schedule_running(self, schedule: Schedule) -> tuple[int, bool]:
         budget = self._budget()

@@ -14,7 +14,7 @@ from salver.model.attention import AttentionBatch, into_slots, over_sources
 from salver.model.cache import KVCache
 from salver.model.encoder import Masks, OnHeads, SelfAttention, build_encoder_batch
 from salver.model.transformer import SourceDecoder
-from salver.server.engine.scheduler import Scheduled
+from salver.server.engine.schedule import Scheduled
 from salver.server.engine.sequence import Sequence as EngineSequence
 
 # Is told, of each source that is read, its sequence, the encoder's layer, its attention, its heads
