@@ -22,9 +22,9 @@ ENGINE = "salver.server.engine"
 WORKER = tuple(
     f"{ENGINE}.{name}"
     for name in (
-        *("attention_rows", "batch", "device_memory", "device_startup", "draft_model"),
+        *("adapter_startup", "attention_rows", "batch", "device_memory", "device_startup", "draft_model"),
         *("encoder_runner", "encoder_startup", "gpu_gauges", "graphs", "launching", "rank", "ranks"),
-        *("readouts", "roofline", "runner", "source_reader", "startup", "updates", "weight_staging"),
+        *("readouts", "roofline", "runner", "sizes", "source_reader", "startup", "updates", "weight_staging"),
         "worker",
     )
 )  # fmt: skip

@@ -18,23 +18,20 @@ from salver.model.errors import CheckpointError
 from salver.model.kernels.build import KernelUnavailable
 from salver.model.layers import Linear
 from salver.model.numerics import row_multiple_of
+from salver.server.engine.adapter_startup import facts_of, load_adapters
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.encoder_runner import EncoderRunner
 from salver.server.engine.request import Measured, Ready
 from salver.server.engine.roofline import held_bytes, measure_roofline
+from salver.server.engine.sizes import STEP_SECONDS, WARM_UP_RUNS, WARM_UP_TOKENS
 from salver.server.engine.startup import (
     BLOCK_SIZE,
     DTYPES,
-    STEP_SECONDS,
-    WARM_UP_RUNS,
-    WARM_UP_TOKENS,
     PhaseTimer,
     StartError,
     describe,
-    facts_of,
     find_device,
-    load_adapters,
     load_dense,
     start_engine,
     use_threads,

@@ -10,12 +10,11 @@ from typing import cast
 
 import torch
 
-from salver.model.adapters import Adapter, AdapterBase, AdapterSet, load_adapter
+from salver.model.adapters import Adapter, AdapterSet
 from salver.model.cache import KVCache
 from salver.model.checkpoint import weights_digest
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
-from salver.model.encoder import Encoder
 from salver.model.errors import CheckpointError
 from salver.model.kernels import build
 from salver.model.kernels.build import KernelUnavailable
@@ -25,7 +24,8 @@ from salver.model.parallel import Ranks
 from salver.model.precision import weights_dtype_name
 from salver.model.spec import ModelSpec
 from salver.model.transformer import Decoder, SourceDecoder, Transformer
-from salver.server.engine.changes import AdapterFacts, AdapterSource
+from salver.server.engine.adapter_startup import facts_of, load_adapters
+from salver.server.engine.changes import AdapterFacts
 from salver.server.engine.config import EngineConfig
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.device_startup import (
@@ -35,7 +35,6 @@ from salver.server.engine.device_startup import (
     choose_block_size,
     decode_graphs,
     fix_rows,
-    free_memory,
     make_cache,
     overlaps,
     quantize_weights,
@@ -51,15 +50,17 @@ from salver.server.engine.ranks import PadExperts, ParallelTransformer
 from salver.server.engine.request import Measured, Ready
 from salver.server.engine.roofline import held_bytes, measure_roofline
 from salver.server.engine.runner import ModelRunner
+from salver.server.engine.sizes import (
+    DEFAULT_NUM_SEQS,
+    max_model_len_of,
+    num_blocks_of,
+    speed_of,
+    token_budget,
+)
 from salver.server.engine.source_reader import SourceReader
 from salver.server.engine.status_page import StatusPage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_NUM_SEQS = {"cpu": 32, "cuda": 256}
-CPU_CACHE_BYTES = 192 << 20  # at least, and enough for one whole context
-STEP_SECONDS = 0.25  # about what one step may take, so that nobody's stream stalls for longer
-WARM_UP_TOKENS = 128
-WARM_UP_RUNS = 2
 COST_ROWS = (1, 8, 32)  # steps of so many sequences are timed, to know what a draft costs
 
 
@@ -82,11 +83,11 @@ def start_engine(
     _refuse_flags(config, spec)
     draft = _load_draft(config, spec, device, dtype) if config.speculation == "draft" else None
     timer.done("load weights")
-    max_model_len = _max_model_len(config, spec)
+    max_model_len = max_model_len_of(config, spec)
     block_size = config.block_size or choose_block_size(model)
     max_num_seqs = config.max_num_seqs or DEFAULT_NUM_SEQS[device.type]
     parallel = None if group is None else ParallelTransformer.of(model, group)
-    num_blocks = _num_blocks(config, model, parallel, draft, dtype, block_size, max_model_len, max_num_seqs)
+    num_blocks = num_blocks_of(config, model, parallel, draft, dtype, block_size, max_model_len, max_num_seqs)
     try:
         cache = make_cache(model, parallel, num_blocks, block_size, dtype)
     except (MemoryError, RuntimeError) as error:
@@ -126,8 +127,8 @@ def start_engine(
         else SourceReader(cast(SourceDecoder, decoder), cache, row_multiple=multiple, on_progress=page.bump),
     )
     runner.graphs = decode_graphs(config, runner, device_name(device), max_num_seqs, max_model_len)
-    speed, one = _speed(runner, max_model_len)
-    budget = config.max_num_batched_tokens or _token_budget(speed, max_num_seqs)
+    speed, one = speed_of(runner, max_model_len)
+    budget = config.max_num_batched_tokens or token_budget(speed, max_num_seqs)
     if budget < max_num_seqs:
         raise StartError(
             f"--max-num-batched-tokens ({budget}) must be at least --max-num-seqs ({max_num_seqs}): "
@@ -275,38 +276,6 @@ def _refuse_flags(config: EngineConfig, spec: ModelSpec) -> None:
         raise StartError(f"--speculative-model: not implemented for encoder-decoders ({spec.architecture})")
 
 
-def facts_of(key: str, adapter: Adapter) -> AdapterFacts:
-    return AdapterFacts(key, adapter.digest, adapter.rank, adapter.num_bytes)
-
-
-def load_adapters(
-    config: EngineConfig, model: Transformer | Encoder
-) -> tuple[dict[str, Adapter], tuple[tuple[str, str], ...]]:
-    """The adapters, and keys of those that were there before and cannot be had again, with the reason.
-
-    Raises StartError for a bad one that was never there.
-    """
-    loaded, lost = {}, []
-    base = AdapterBase.of(model)
-    for source in config.adapters:
-        try:
-            loaded[source.key] = read_adapter(source, base)
-        except CheckpointError as error:
-            if not source.digest:
-                name = source.key.rpartition("@")[0]
-                raise StartError(f"--adapter {name}: {error}") from error
-            lost.append((source.key, str(error)))
-    return loaded, tuple(lost)
-
-
-def read_adapter(source: AdapterSource, model: object) -> Adapter:
-    """Raises CheckpointError: also for other files than its digest is of."""
-    adapter = load_adapter(Path(source.directory), model)
-    if source.digest not in ("", adapter.digest):
-        raise CheckpointError(f"{source.directory}: the files have changed since they were loaded")
-    return adapter
-
-
 def load_dense(config: EngineConfig, hidden_size: int) -> DenseModules | None:
     """What a sentence-transformers directory does with pooled vectors. Raises StartError."""
     checkpoint = Path(config.checkpoint)
@@ -443,68 +412,3 @@ def decoder_of(
                 f"--quantization {config.quantization} needs the native kernel: {error}"
             ) from error
         return model, f"torch ({error})"
-
-
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    context = spec.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > context:
-        raise StartError(f"--max-model-len {config.max_model_len}: the checkpoint's context is {context}")
-    return config.max_model_len or context
-
-
-def _num_blocks(
-    config: EngineConfig,
-    model: Transformer,
-    parallel: ParallelTransformer | None,
-    draft: Transformer | None,
-    dtype: torch.dtype,
-    block_size: int,
-    max_model_len: int,
-    max_num_seqs: int,
-) -> int:
-    """Blocks that fit in the cache's memory, the null block among them; unasked, no more than can be used."""
-    spec = model.spec
-    per_block = KVCache.bytes_per_block(spec, block_size, dtype)
-    source = 0 if spec.encoder is None else -(-spec.encoder.max_input_tokens // block_size)
-    whole_context = (-(-max_model_len // block_size) + 1 + source) * per_block
-    most = max_num_seqs * whole_context
-    if config.kv_cache_memory is not None:
-        memory = config.kv_cache_memory
-    elif model.device.type == "cuda":
-        # A draft model's cache has as many blocks.
-        drafts = 0 if draft is None else KVCache.bytes_per_block(draft.spec, block_size, draft.dtype)
-
-        def budget_of(runner: ModelRunner) -> int:
-            return config.max_num_batched_tokens or _token_budget(
-                _speed(runner, max_model_len)[0], max_num_seqs
-            )
-
-        found = free_memory(config, model, parallel, block_size, max_num_seqs, budget_of)
-        if found.cache < 2 * (per_block + drafts):
-            raise StartError(f"--gpu-memory-utilization: nothing is left for the key-value cache: {found}")
-        memory = min(found.cache // (per_block + drafts) * per_block, most)
-    else:
-        memory = max(min(CPU_CACHE_BYTES, most), whole_context)
-    blocks = memory // per_block
-    if blocks < 2:
-        raise StartError(
-            f"--kv-cache-memory {memory}: two blocks of {block_size} tokens take {2 * per_block} bytes"
-        )
-    return int(blocks)
-
-
-def _speed(runner: ModelRunner, max_model_len: int) -> tuple[float, float]:
-    """Tokens a second of a prompt, and of steps of one token.
-
-    The best of some short runs: what else the machine does only ever makes one slower.
-    """
-    length = min(WARM_UP_TOKENS, max_model_len)
-    many = max(runner.measure_prefill(length) for _ in range(WARM_UP_RUNS))
-    one = max(runner.measure_prefill(1) for _ in range(3 * WARM_UP_RUNS))  # short, so easily disturbed
-    return many, one
-
-
-def _token_budget(speed: float, max_num_seqs: int) -> int:
-    """Tokens of a step that takes about STEP_SECONDS at so many a second."""
-    budget = int(speed * STEP_SECONDS) // 64 * 64
-    return max(128, max_num_seqs, min(budget, 8192))

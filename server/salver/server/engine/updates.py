@@ -20,6 +20,7 @@ from torch import nn
 
 from salver.model.adapters import Adapter, AdapterSet
 from salver.model.errors import CheckpointError
+from salver.server.engine.adapter_startup import facts_of, read_adapter
 from salver.server.engine.changes import (
     AdapterSource,
     ApplyWeights,
@@ -36,7 +37,7 @@ from salver.server.engine.core import EngineCore
 from salver.server.engine.encoder_runner import EncoderRunner
 from salver.server.engine.request import Ready
 from salver.server.engine.runner import ModelRunner, is_out_of_memory
-from salver.server.engine.startup import DTYPES, facts_of, numerics_id_of, read_adapter
+from salver.server.engine.startup import DTYPES, numerics_id_of
 from salver.server.engine.weight_staging import (
     StagedWeights,
     UnsupportedChange,
