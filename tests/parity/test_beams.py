@@ -26,7 +26,6 @@ from salver.server.engine.request import (
     EngineRequest,
     FinishReason,
     SamplingParams,
-    SequenceOutput,
     StoppingParams,
 )
 from salver.server.engine.runner import ModelRunner
@@ -53,16 +52,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Answers(Answer):
-    """The same sink, and the scores."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores: dict[int, float | None] = {}
-
-    def put(self, output: SequenceOutput) -> None:
-        super().put(output)
-        if output.finish_reason is not None:
-            self.scores[output.sample_index] = output.score
+    """The same sink, of a beam search."""
 
     def best(self) -> list[tuple[list[int], float | None]]:
         return [(self.tokens[index], self.scores[index]) for index in sorted(self.finished)]

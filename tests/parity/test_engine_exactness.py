@@ -42,7 +42,7 @@ def library(cache_dir: Path) -> Library:
 
 
 def went_through_everything(ways: Ways, least: int = 3) -> None:
-    for name in ("chunks", "cached", "preempted", "resumed", "samples", "sampled"):
+    for name in ("chunks", "cached", "preempted", "resumed", "samples", "sampled", "beams"):
         # A mix is a function of its number: these counts do not change by chance.
         assert ways.counts[name] >= least, str(ways)
 

@@ -30,7 +30,6 @@ from salver.server.engine.request import (
     EngineRequest,
     FinishReason,
     SamplingParams,
-    SequenceOutput,
     StoppingParams,
 )
 
@@ -165,21 +164,8 @@ def test_the_same_tokens_in_any_mix(tmp_path: Path) -> None:
     for seed in range(32):
         found = list(exactness.run_mix(runners[seed % len(MIXED)], seed, ways, bits=False))
         assert not found, f"mix {seed}, {MIXED[seed % len(MIXED)]}"
-    for way in ("chunks", "cached", "preempted", "resumed", "samples", "sampled"):
+    for way in ("chunks", "cached", "preempted", "resumed", "samples", "sampled", "beams"):
         assert ways.counts[way] >= 3, str(ways)
-
-
-class Best(exactness.Answer):
-    """The same sink, and the scores of a beam search."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores: list[float | None] = []
-
-    def put(self, output: SequenceOutput) -> None:
-        super().put(output)
-        if output.finish_reason is not None:
-            self.scores.append(output.score)
 
 
 @pytest.mark.parametrize("bos", [None, 7])
@@ -206,7 +192,7 @@ def test_beams_with_forced_tokens(bos: int | None, tmp_path: Path) -> None:
         )  # fmt: skip
         limits = replace(exactness.ROOMY, max_source_len=len(source))
         engine = InlineEngine(runner, limits, clock=itertools.count().__next__)
-        best = Best()
+        best = exactness.Answer()
         engine.submit(request, best)
         engine.run()
         assert engine.core.pool.num_used == 0

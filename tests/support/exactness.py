@@ -30,6 +30,7 @@ from salver.model.numerics import row_multiple
 from salver.server.engine.core import EngineLimits
 from salver.server.engine.inline import InlineEngine
 from salver.server.engine.request import (
+    BeamParams,
     EngineRequest,
     FinishReason,
     Logprobs,
@@ -70,6 +71,7 @@ class Answer:
     logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     prompt: list[Logprobs] = field(default_factory=list)
     finished: dict[int, FinishReason] = field(default_factory=dict)
+    scores: dict[int, float | None] = field(default_factory=dict)  # of a beam search
     cached: int = 0
     preemptions: int = 0
 
@@ -82,6 +84,7 @@ class Answer:
         self.cached = max(self.cached, output.num_cached_tokens)
         if output.finish_reason is not None:
             self.finished[index] = output.finish_reason
+            self.scores[index] = output.score
             assert output.timings is not None
             self.preemptions += output.timings.preemptions
 
@@ -122,12 +125,13 @@ class Mix:
                 for _ in range(3)
             ]
             self.requests = [replace(r, source_token_ids=draw.choice(texts)) for r in self.requests]
+        self._beams = random.Random(f"beams/{seed}")
         self.victims = {r.request_id for r in self.requests if draw.random() < 0.1}  # cancelled on the way
         seats = draw.choice((2, 3, 6, 12))
-        longest = max(len(r.prompt_token_ids) + r.stopping.max_tokens for r in self.requests)
+        self.requests = [self._searching(request, seats) for request in self.requests]
         source = max(len(r.source_token_ids) for r in self.requests)
-        # The null block, and the longest request's.
-        least = -(-longest // BLOCK_SIZE) + -(-source // BLOCK_SIZE) + 1
+        # The null block, and those of the request that needs most.
+        least = max(map(_num_blocks, self.requests)) + -(-source // BLOCK_SIZE) + 1
         self.limits = replace(
             ROOMY,
             num_blocks=least + draw.choice((0, 1, 2, 3, 60)),
@@ -167,16 +171,42 @@ class Mix:
             priority=draw.choice((0, 0, 0, 1)),
         )
 
+    def _searching(self, request: EngineRequest, seats: int) -> EngineRequest:
+        """The request, or a beam search in its place."""
+        draw = self._beams
+        if draw.random() < 0.8:
+            return request
+        num_beams = draw.randint(2, min(5, seats))
+        n = draw.randint(1, num_beams)
+        stops = frozenset(draw.randrange(self._vocab_size) for _ in range(draw.choice((0, 3, 20))))
+        penalty, early = draw.choice((-0.5, 0.0, 1.0, 2.0)), draw.choice((False, True, "never"))
+        return replace(
+            request,
+            beams=BeamParams(num_beams, penalty, early),
+            sampling=replace(request.sampling, temperature=draw.choice((0.0, 0.0, 0.7))),
+            stopping=StoppingParams(draw.choice((1, 4, 9, 20)), stop_token_ids=stops),
+            sample_indices=tuple(range(n)),
+            outputs=((),) * n,
+        )
+
     def resumed(self, request: EngineRequest, alone: Answer) -> EngineRequest:
         """The request as one that another server had begun: with some tokens of its answer."""
         draw = self._draw
-        if request.stopping.max_tokens < 2 or draw.random() < 0.7:
+        if request.stopping.max_tokens < 2 or draw.random() < 0.7 or request.beams is not None:
             return request
         outputs = tuple(
             tuple(alone.tokens[index][: draw.randrange(len(alone.tokens[index]))])
             for index in request.sample_indices
         )
         return replace(request, outputs=outputs)
+
+
+def _num_blocks(request: EngineRequest) -> int:
+    """Of its output and of what that begins with; the beams of a search share the prompt's full blocks."""
+    prompt, most = len(request.prompt_token_ids), request.stopping.max_tokens
+    shared = 0 if request.beams is None else (prompt - 1) // BLOCK_SIZE
+    places = 1 if request.beams is None else request.num_places
+    return shared + places * (-(-(prompt + most) // BLOCK_SIZE) - shared)
 
 
 class Ways:
@@ -205,6 +235,9 @@ def run_mix(runner: ModelRunner, seed: int, ways: Ways, *, bits: bool) -> Iterat
         ways.counts["preempted"] += answer.preemptions > 0
         ways.counts["samples"] += len(request.sample_indices) > 1
         ways.counts["sampled"] += request.sampling.temperature > 0
+        if request.beams is not None:
+            ways.counts["beams"] += whole
+            ways.counts["preempted beams"] += answer.preemptions > 0
         yield from _differences(request, truth, answer, whole=whole, bits=bits)
 
 
@@ -258,6 +291,10 @@ def _differences(
         logprobs, told = truth.logprobs.get(index, [])[len(output) :], answer.logprobs.get(index, [])
         if bits and told != logprobs[: len(told) if not whole else None]:
             yield Difference(number, f"log-probabilities of sample {index}", logprobs, told)
+        if bits and whole and answer.scores.get(index) != truth.scores[index]:
+            yield Difference(
+                number, f"score of answer {index}", truth.scores[index], answer.scores.get(index)
+            )
         if whole and answer.finished.get(index) is not truth.finished[index]:
             yield Difference(
                 number, f"end of sample {index}", truth.finished[index], answer.finished.get(index)
@@ -282,6 +319,7 @@ def find_library(cache_dir: Path) -> Library | None:
 
 def main() -> int:
     from support.checkpoints import write_tiny_gpt2, write_tiny_llama
+    from support.seq2seq import write_tiny_marian
 
     from salver.server.catalog import default_cache_dir
 
@@ -294,7 +332,8 @@ def main() -> int:
     ways, failed, told = Ways(), 0, time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = [
-            write(Path(directory) / write.__name__) for write in (write_tiny_llama, write_tiny_gpt2)
+            write(Path(directory) / write.__name__)
+            for write in (write_tiny_llama, write_tiny_gpt2, write_tiny_marian)
         ]
         runners = [
             (f"{path.name.removeprefix('write_')} {mode}", runner_of(path, mode, library))

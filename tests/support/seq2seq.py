@@ -79,6 +79,14 @@ def write(directory: Path, variant: Variant) -> Any:
     return model
 
 
+def write_tiny_marian(directory: Path) -> Path:
+    """The paper's form, in sizes that the native kernel takes in every precision."""
+    sizes = {"d_model": 64, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    config = {**VARIANTS["Marian paper"].config, **sizes}
+    write(directory, Variant("MarianMTModel", config))
+    return directory
+
+
 # ---- a whole translation model, with its two tokenizers ----
 
 LANGUAGES = (">>de<<", ">>fr<<")

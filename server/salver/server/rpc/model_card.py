@@ -114,6 +114,8 @@ def _memory(
 ) -> inspection_pb2.MemoryArithmetic:
     ready, each = model.ready, arithmetic.kv_bytes_per_token
     blocks = -(-context // ready.block_size)
+    if model.source is not None:
+        blocks += -(-min(context, model.source.max_input_tokens) // ready.block_size)
     return inspection_pb2.MemoryArithmetic(
         predicted_weight_bytes=predicted,
         held_weight_bytes=measured.weight_bytes,
