@@ -149,6 +149,8 @@ class NativeEncoder(Compiled):
         self._add(Kind.ATTEND_WHOLE, HEADS, self._first(ATTENDED), extra=reach, window=window)
         if self._bias is not None:
             self._operations[-1].scale = self._bias.data_ptr()
+        # Here all threads meet anyway, and the heads are in their buffer still.
+        self._add(Kind.PROGRESS, RESIDUAL, RESIDUAL)
         self._narrow(ATTENDED)
         self._add(Kind.MULTIPLY, ATTENDED, RESIDUAL, weight=attention_out, epilogue=Epilogue.ADD)
         if after and norm is not None:
@@ -160,7 +162,6 @@ class NativeEncoder(Compiled):
         self._add(Kind.MULTIPLY, INNER, RESIDUAL, weight=down, epilogue=Epilogue.ADD)
         if after:
             self._norm(layer.mlp_norm, RESIDUAL, RESIDUAL)
-        self._add(Kind.PROGRESS, RESIDUAL, RESIDUAL)
 
     def _read(
         self,
@@ -228,7 +229,7 @@ class NativeEncoder(Compiled):
     def _heads_told(
         self, rows: int, on_heads: OnHeads, on_layer: Callable[[], None] | None
     ) -> Callable[[], None]:
-        """What the kernel calls after each layer, when its rotated heads are in their buffer still."""
+        """What the kernel calls after each layer's attention: its rotated heads are in their buffer."""
         spec, steps = self.spec, itertools.count()
         heads = self._tensors[HEADS][:rows].view(rows, 3, spec.num_heads, spec.head_dim)
         masks = self._model.masks(heads)

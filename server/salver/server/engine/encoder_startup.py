@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 MAX_INPUTS = 256  # in one step, unless told
 # A step of a CPU is as fast a token with some hundred tokens as with thousands, and short ones let the front
 # read and answer some calls while others are computed.
-CPU_STEP_SECONDS = 0.06
+CPU_STEP_SECONDS = 0.1
 NO_BLOCKS = 2  # the smallest pool; whole inputs never take from it
 
 

@@ -173,6 +173,35 @@ struct Gemm {
     Epilogue epilogue;
 };
 
+// Which of the tiles that pass a panel one after the other.
+struct Turn {
+    int number = 0, of = 1;
+};
+
+// What comes after a panel, asked for while it is multiplied: by every tile its share, evenly. A line that comes
+// from far holds one of few places all the while, and without a free one the next load of this panel waits too.
+class Ahead {
+public:
+    // `step` bytes are multiplied in a step of K, from a panel of `steps` steps on.
+    Ahead(const void* next, std::ptrdiff_t steps, int step, Turn turn)
+        : next_(static_cast<const char*>(next) + steps * step / LINE * turn.number / turn.of * LINE),
+          every_(turn.of * LINE / step) {}
+
+    // Whether every step asks for as many lines as it multiplies, by `ask`; else `ask` comes before `every` steps.
+    bool each() const { return every_ < 2; }
+    int every() const { return every_; }
+
+    void ask() {
+        _mm_prefetch(next_, _MM_HINT_T1);
+        next_ += LINE;
+    }
+
+private:
+    static constexpr int LINE = 64;
+    const char* next_;
+    int every_;
+};
+
 // One step of K: what stands in a load of the weight, for ROWS rows of PANELS panels of `size` values.
 template <typename T, int ROWS, int PANELS>
 inline __attribute__((always_inline)) void multiply_step(typename T::Acc (&acc)[PANELS][ROWS][2], const typename T::Input* x,
@@ -181,15 +210,11 @@ inline __attribute__((always_inline)) void multiply_step(typename T::Acc (&acc)[
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++) {
         // The hardware's own prefetch stops at every page. Few rows are bound by memory; for more there is
-        // time to bring the next panel near.
+        // time to bring the next panel near (`Ahead`).
         if constexpr (ROWS <= 4) {
             const char* ahead = reinterpret_cast<const char*>(w + p * size) + AHEAD;
             _mm_prefetch(ahead, _MM_HINT_T0);
             _mm_prefetch(ahead + 64, _MM_HINT_T0);
-        } else {
-            const char* ahead = reinterpret_cast<const char*>(w + (PANELS + p) * size);
-            _mm_prefetch(ahead, _MM_HINT_T1);
-            _mm_prefetch(ahead + 64, _MM_HINT_T1);
         }
 #pragma GCC unroll 2
         for (int part = 0; part < T::PARTS; part++) {
@@ -202,6 +227,27 @@ inline __attribute__((always_inline)) void multiply_step(typename T::Acc (&acc)[
                 acc[p][r][1] = T::multiply(acc[p][r][1], at, second);
             }
         }
+    }
+}
+
+// All steps of K over `depth` values from x and w on.
+template <typename T, int ROWS, int PANELS>
+inline __attribute__((always_inline)) void multiply_steps(typename T::Acc (&acc)[PANELS][ROWS][2], const typename T::Input* x,
+                                                          std::ptrdiff_t stride, const typename T::Weight* w,
+                                                          std::ptrdiff_t size, int depth, Ahead& ahead) {
+    const typename T::Input* end = x + depth;
+    if (ROWS <= 4 || ahead.each()) {
+        for (; x < end; x += T::STEP, w += PANEL * T::HELD) {
+            if constexpr (ROWS > 4)
+                for (int i = 0; i < 2 * PANELS; i++) ahead.ask();
+            multiply_step<T, ROWS, PANELS>(acc, x, stride, w, size);
+        }
+        return;
+    }
+    while (x < end) {
+        ahead.ask();
+        const typename T::Input* until = std::min(end, x + ahead.every() * T::STEP);
+        for (; x < until; x += T::STEP, w += PANEL * T::HELD) multiply_step<T, ROWS, PANELS>(acc, x, stride, w, size);
     }
 }
 
@@ -219,7 +265,7 @@ inline __attribute__((always_inline)) void keep_in_registers(typename T::Acc (&a
 // instruction (7 cycles), so a row alone with its two would leave the multiplier idle. Bits don't change:
 // an accumulator's own walk is the same.
 template <typename T, int ROWS, int PANELS>
-void multiply_tile(const Gemm& g, int row, int panel) {
+void multiply_tile(const Gemm& g, int row, int panel, Turn turn) {
     typename T::Acc acc[PANELS][ROWS][2];
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++)
@@ -228,8 +274,8 @@ void multiply_tile(const Gemm& g, int row, int panel) {
     const auto* x = static_cast<const typename T::Input*>(g.input) + row * g.input_stride;
     const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(PANEL) * g.depth;
     const auto* w = static_cast<const typename T::Weight*>(g.weight) + panel * size;
-    for (int k = 0; k < g.depth; k += T::STEP, w += PANEL * T::HELD)
-        multiply_step<T, ROWS, PANELS>(acc, x + k, g.input_stride, w, size);
+    Ahead ahead(w + PANELS * size, (g.depth + T::STEP - 1) / T::STEP, PANELS * PANEL * T::HELD * sizeof(*w), turn);
+    multiply_steps<T, ROWS, PANELS>(acc, x, g.input_stride, w, size, g.depth, ahead);
     keep_in_registers<T, ROWS, PANELS>(acc);
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++)
@@ -240,7 +286,7 @@ void multiply_tile(const Gemm& g, int row, int panel) {
 // The same with int8. Integers live in registers within a group; what the groups before came to lies in the
 // nearest cache meanwhile.
 template <int ROWS, int PANELS>
-void multiply_groups(const Gemm& g, int row, int panel) {
+void multiply_groups(const Gemm& g, int row, int panel, Turn turn) {
     alignas(64) __m512 sum[PANELS][ROWS][2];
     for (int p = 0; p < PANELS; p++)
         for (int r = 0; r < ROWS; r++) sum[p][r][0] = sum[p][r][1] = _mm512_set1_ps(g.row_offset[row + r]);
@@ -248,15 +294,16 @@ void multiply_groups(const Gemm& g, int row, int panel) {
     const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(PANEL) * g.depth;
     const std::uint8_t* w = static_cast<const std::uint8_t*>(g.weight) + panel * size;
     const float* scale = g.group_scale + row;
+    Ahead ahead(w + PANELS * size, (g.depth + Int8::STEP - 1) / Int8::STEP, PANELS * PANEL * Int8::HELD, turn);
     for (int begin = 0; begin < g.depth; begin += g.group, scale += g.scale_stride) {
         __m512i acc[PANELS][ROWS][2];
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) acc[p][r][0] = acc[p][r][1] = Int8::zero();
-        const int end = std::min(g.depth, begin + g.group);
-        for (int k = begin; k < end; k += Int8::STEP, w += PANEL * Int8::STEP)
-            multiply_step<Int8, ROWS, PANELS>(acc, x + k, g.input_stride, w, size);
+        const int depth = std::min(g.depth, begin + g.group) - begin;
+        multiply_steps<Int8, ROWS, PANELS>(acc, x + begin, g.input_stride, w, size, depth, ahead);
+        w += (depth + Int8::STEP - 1) / Int8::STEP * PANEL * Int8::HELD;
         keep_in_registers<Int8, ROWS, PANELS>(acc);
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
@@ -277,7 +324,7 @@ void multiply_groups(const Gemm& g, int row, int panel) {
 
 // The same with int4, whose blocks are the groups of the input.
 template <int ROWS, int PANELS>
-void multiply_blocks(const Gemm& g, int row, int panel) {
+void multiply_blocks(const Gemm& g, int row, int panel, Turn turn) {
     alignas(64) __m512 sum[PANELS][ROWS][2];
     for (int p = 0; p < PANELS; p++)
         for (int r = 0; r < ROWS; r++) sum[p][r][0] = sum[p][r][1] = _mm512_setzero_ps();
@@ -285,12 +332,20 @@ void multiply_blocks(const Gemm& g, int row, int panel) {
     const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(Int4::BYTES) * (g.depth / Int4::BLOCK);
     const std::uint8_t* w = static_cast<const std::uint8_t*>(g.weight) + panel * size;
     const float *scale = g.group_scale + row, *of_row = g.group_sum + row;
+    Ahead ahead(w + PANELS * size, g.depth / Int4::BLOCK, PANELS * Int4::BYTES, turn);
+    int until = 0;
     for (int begin = 0; begin < g.depth; begin += Int4::BLOCK, w += Int4::BYTES) {
         __m512i acc[PANELS][ROWS][2];
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) acc[p][r][0] = acc[p][r][1] = Int4::zero();
+        if (ROWS > 4 && ahead.each()) {
+            for (int line = 0; line < PANELS * Int4::BYTES; line += 64) ahead.ask();
+        } else if (ROWS > 4 && begin == until) {
+            ahead.ask();
+            until += ahead.every() * Int4::BLOCK;
+        }
         for (int k = 0; k < Int4::BLOCK; k += Int4::STEP)
             multiply_step<Int4, ROWS, PANELS>(acc, x + begin + k, g.input_stride, w + k / Int4::STEP * PANEL * Int4::HELD, size);
         keep_in_registers<Int4, ROWS, PANELS>(acc);
@@ -317,29 +372,33 @@ void multiply_blocks(const Gemm& g, int row, int panel) {
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 4 ? 3 : rows <= 6 ? 2 : 1; }
 
 template <typename T, int ROWS = MAX_ROWS>
-void multiply_rows(const Gemm& g, int rows, int row, int begin, int end) {
+void multiply_rows(const Gemm& g, int rows, int row, int begin, int end, Turn turn = {}) {
     if constexpr (ROWS >= 1) {
         if (rows != ROWS) {
-            multiply_rows<T, ROWS - 1>(g, rows, row, begin, end);
+            multiply_rows<T, ROWS - 1>(g, rows, row, begin, end, turn);
             return;
         }
         constexpr int PANELS = panels_at_once(ROWS);
         int panel = begin;
         if constexpr (std::is_same_v<T, Int8>) {
-            for (; panel + PANELS <= end; panel += PANELS) multiply_groups<ROWS, PANELS>(g, row, panel);
-            for (; panel < end; panel++) multiply_groups<ROWS, 1>(g, row, panel);
+            for (; panel + PANELS <= end; panel += PANELS) multiply_groups<ROWS, PANELS>(g, row, panel, turn);
+            for (; panel < end; panel++) multiply_groups<ROWS, 1>(g, row, panel, turn);
         } else if constexpr (std::is_same_v<T, Int4>) {
-            for (; panel + PANELS <= end; panel += PANELS) multiply_blocks<ROWS, PANELS>(g, row, panel);
-            for (; panel < end; panel++) multiply_blocks<ROWS, 1>(g, row, panel);
+            for (; panel + PANELS <= end; panel += PANELS) multiply_blocks<ROWS, PANELS>(g, row, panel, turn);
+            for (; panel < end; panel++) multiply_blocks<ROWS, 1>(g, row, panel, turn);
         } else {
-            for (; panel + PANELS <= end; panel += PANELS) multiply_tile<T, ROWS, PANELS>(g, row, panel);
-            for (; panel < end; panel++) multiply_tile<T, ROWS, 1>(g, row, panel);
+            for (; panel + PANELS <= end; panel += PANELS) multiply_tile<T, ROWS, PANELS>(g, row, panel, turn);
+            for (; panel < end; panel++) multiply_tile<T, ROWS, 1>(g, row, panel, turn);
         }
     }
 }
 
 // Rows are multiplied in tiles of about equal size.
-inline int tiles_of(const Gemm& g) { return (g.rows + MAX_ROWS - 1) / MAX_ROWS; }
+inline int tiles_of(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
+
+inline int row_of_tile(int rows, int tile) {
+    return static_cast<int>(static_cast<std::int64_t>(rows) * tile / tiles_of(rows));
+}
 
 // Panels [begin, end) of the product of tiles [first, last): one panel after the other, all rows while it is near.
 template <typename T>
@@ -348,12 +407,10 @@ void multiply(const Gemm& g, int begin, int end, int first, int last) {
         multiply_rows<T>(g, g.rows, 0, begin, end);
         return;
     }
-    const int tiles = tiles_of(g);
     for (int panel = begin; panel < end; panel++) {
         for (int tile = first; tile < last; tile++) {
-            const int row = static_cast<int>(static_cast<std::int64_t>(g.rows) * tile / tiles);
-            const int next = static_cast<int>(static_cast<std::int64_t>(g.rows) * (tile + 1) / tiles);
-            multiply_rows<T>(g, next - row, row, panel, panel + 1);
+            const int row = row_of_tile(g.rows, tile);
+            multiply_rows<T>(g, row_of_tile(g.rows, tile + 1) - row, row, panel, panel + 1, {tile - first, last - first});
         }
     }
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <linux/futex.h>
+#include <memory>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <utility>
@@ -126,6 +127,53 @@ std::pair<int, int> part(int count, int thread, int threads) {
     return {static_cast<int>(static_cast<std::int64_t>(count) * thread / threads),
             static_cast<int>(static_cast<std::int64_t>(count) * (thread + 1) / threads)};
 }
+
+// Deals out runs of pieces: to every thread of its own part first, which lies in its cache since the operations
+// before, then of the parts of those that are late.
+class Parts {
+public:
+    explicit Parts(int threads) : threads_(threads), dealt_(new Count[threads]) {}
+
+    void clear() {
+        for (int i = 0; i < threads_; i++) dealt_[i].of.store(0, std::memory_order_relaxed);
+    }
+
+    // The next [begin, end) of `count` pieces, at most `most` and half of what a part has left, but not fewer than
+    // `least`; empty: all are dealt.
+    std::pair<int, int> take(int count, int thread, int least, int most) {
+        for (int i = 0; i < threads_; i++) {
+            const int owner = (thread + i) % threads_;
+            const auto [begin, end] = part(count, owner, threads_);
+            std::atomic<int>& dealt = dealt_[owner].of;
+            for (int first = begin + dealt.load(std::memory_order_relaxed); first < end;) {
+                const int last = std::min(end, first + std::max(least, std::min(most, (end - first) / 2)));
+                int expected = first - begin;
+                if (dealt.compare_exchange_weak(expected, last - begin, std::memory_order_relaxed)) return {first, last};
+                first = begin + expected;
+            }
+        }
+        return {count, count};
+    }
+
+private:
+    struct alignas(64) Count {
+        std::atomic<int> of{0};
+    };
+
+    const int threads_;
+    std::unique_ptr<Count[]> dealt_;
+};
+
+// How the pieces of an operation are dealt out: one by one, or in runs that stay with a thread.
+struct Deal {
+    explicit Deal(int threads) : parts(threads) {}
+    void clear() {
+        pieces.clear();
+        parts.clear();
+    }
+    Dealer pieces;
+    Parts parts;
+};
 
 float* floats(const Buffer& buffer, int row) { return static_cast<float*>(buffer.data) + row * buffer.stride; }
 
@@ -295,10 +343,15 @@ Multiply multiply_of(const Weight& w, const Buffer& in) {
 constexpr int NEAR = 1 << 19;  // bytes of the input that stay in a core's own cache while panels pass
 constexpr int SIZES[] = {sizeof(float), sizeof(bf16), sizeof(std::int8_t)};  // by precision
 
+// Into how many blocks tiles of a product's input are cut, that each stays near.
+int blocks_of(const Gemm& g, const Buffer& in, int tiles) {
+    const int tile_bytes = MAX_ROWS * g.depth * SIZES[in.precision];
+    return (tiles * std::min(tile_bytes, NEAR / 4) + NEAR - 1) / NEAR;
+}
+
 void run_product(const Gemm& g, const Buffer& in, Multiply multiply, int threads, Dealer& dealer) {
     // All threads are at the same rows, as many as stay near: they pass the panels one after the other.
-    const int tiles = tiles_of(g), tile_bytes = MAX_ROWS * g.depth * SIZES[in.precision];
-    const int blocks = (tiles * std::min(tile_bytes, NEAR / 4) + NEAR - 1) / NEAR;
+    const int tiles = tiles_of(g.rows), blocks = blocks_of(g, in, tiles);
     // With few rows the weight streams from memory, which likes long runs.
     const int pieces = threads * (g.rows < 8 ? 2 : 8);
     const int run = threads == 1 ? g.panels : std::max(1, g.panels / pieces);
@@ -310,6 +363,9 @@ void run_product(const Gemm& g, const Buffer& in, Multiply multiply, int threads
 }
 
 constexpr int MAX_WIDTH = 32768;
+constexpr int OWN_TILES = 8;      // with so many for every thread each takes rows of its own through several operations
+constexpr int LEAST_TILES = 4;    // at a time: a weight is read for fewer as fast as it comes, but no faster
+constexpr int OUTPUT = 2 * NEAR;  // bytes of the widest buffer that rows taken at a time may have
 
 struct Team {
     const Program& program;
@@ -317,8 +373,8 @@ struct Team {
     void (*on_progress)();
     int threads;
     Barrier barrier;
+    Deal deals[3];  // of operation i the one i % 3; the next one is cleared meanwhile
     std::atomic<int> next_thread{0};
-    Dealer dealers[3];  // of operation i the one i % 3; the next one is cleared meanwhile
 };
 
 // The adapters of an operation in this step.
@@ -357,22 +413,35 @@ void attend_all(const Program& p, const Step& step, const Operation& op, Dealer&
     }
 }
 
-void attend_whole_all(const Program& p, const Step& step, const Operation& op, Dealer& dealer) {
+void attend_whole_all(const Program& p, const Step& step, const Operation& op, int thread, Parts& parts) {
     const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
     const Whole whole{p.cache, step, op.window, op.scale, op.extra, static_cast<const float*>(in.data), in.stride,
                       out.data, out.stride, out.precision == BF16};
     thread_local Blocks blocks;
     const int pieces = step.num_sequences * p.cache.heads;
-    // From the last to the first: the longer inputs stand last.
-    for (int mine = dealer.take(); mine < pieces; mine = dealer.take())
-        attend_whole(whole, blocks, step.num_sequences - 1 - mine / p.cache.heads, mine % p.cache.heads);
+    for (;;) {
+        const auto [first, last] = parts.take(pieces, thread, 1, p.cache.heads);
+        if (first == last) return;
+        for (int mine = first; mine < last; mine++) attend_whole(whole, blocks, mine / p.cache.heads, mine % p.cache.heads);
+    }
 }
 
-void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) {
-    const Program& p = team.program;
-    const Step& step = team.step;
+// Operations that know rows alone: nothing of one row depends on another.
+bool by_rows(const Operation& op) {
+    return op.kind != ATTEND && op.kind != ATTEND_SOURCE && op.kind != ATTEND_WHOLE && op.kind != PROGRESS;
+}
+
+Gemm product_of(const Program& p, const Step& step, const Operation& op) {
     const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
-    const auto [begin, end] = part(step.num_rows, thread, team.threads);
+    const Weight& w = p.weights[op.weight];
+    Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias, adapters_of(p, step, op)};
+    e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
+    return product(w, in, e, step.num_rows);
+}
+
+// Rows [begin, end) of an operation by rows other than a product.
+void run_rows(const Program& p, const Step& step, const Operation& op, int begin, int end) {
+    const Buffer &in = p.buffers[op.in], &out = p.buffers[op.out];
     const ProductAdapters adapters = adapters_of(p, step, op);
     switch (op.kind) {
         case EMBED:
@@ -397,13 +466,6 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
         case QUANTIZE:
             for (int row = begin; row < end; row++) put_row(out, row, floats(in, row));
             break;
-        case MULTIPLY: {
-            const Weight& w = p.weights[op.weight];
-            Epilogue e{op.epilogue, op.activation, out.precision == BF16, out.data, out.stride, 0, w.bias, adapters};
-            e.columns = op.epilogue == Epilogue::GATED ? w.rows / 2 : w.rows;
-            run_product(product(w, in, e, step.num_rows), in, multiply_of(w, in), team.threads, dealer);
-            break;
-        }
         case ROTATE_AND_STORE:
             for (int row = begin; row < end; row++) {
                 if (p.cache_precision == FLOAT) {
@@ -427,37 +489,95 @@ void run_operation(Team& team, const Operation& op, int thread, Dealer& dealer) 
         case SHRINK:
             shrink_rows(in, adapters, p.shrunk, begin, end);
             break;
+    }
+}
+
+void run_operation(Team& team, const Operation& op, int thread, Deal& deal) {
+    const Program& p = team.program;
+    const Step& step = team.step;
+    switch (op.kind) {
+        case MULTIPLY: {
+            const Buffer& in = p.buffers[op.in];
+            run_product(product_of(p, step, op), in, multiply_of(p.weights[op.weight], in), team.threads, deal.pieces);
+            break;
+        }
         case ATTEND_WHOLE:
-            attend_whole_all(p, step, op, dealer);
+            attend_whole_all(p, step, op, thread, deal.parts);
             break;
         case ATTEND:
         case ATTEND_SOURCE: {
             const Step& over = op.kind == ATTEND ? step : *step.source;
             if (p.cache_precision == FLOAT) {
-                attend_all<Float>(p, over, op, dealer);
+                attend_all<Float>(p, over, op, deal.pieces);
             } else if (p.pairs) {
-                attend_all<Half>(p, over, op, dealer);
+                attend_all<Half>(p, over, op, deal.pieces);
             } else {
-                attend_all<Widened>(p, over, op, dealer);
+                attend_all<Widened>(p, over, op, deal.pieces);
             }
             break;
         }
         case PROGRESS:
             if (thread == 0 && team.on_progress != nullptr) team.on_progress();
             break;
+        default: {
+            const auto [begin, end] = part(step.num_rows, thread, team.threads);
+            run_rows(p, step, op, begin, end);
+        }
+    }
+}
+
+bool left_out(const Step& step, const Operation& op) { return op.kind == SHRINK && step.adapters == nullptr; }
+
+// Operations [begin, end), all by rows: a thread takes some rows through all of them, while they are in its own
+// cache, and meets the others only after the last.
+void run_together(Team& team, int begin, int end, int thread, Parts& parts) {
+    const Program& p = team.program;
+    const Step& step = team.step;
+    const int tiles = tiles_of(step.num_rows);
+    std::int64_t widest = 1;
+    for (int i = begin; i < end; i++) {
+        const Buffer& out = p.buffers[p.operations[i].out];
+        widest = std::max(widest, out.stride * SIZES[out.precision]);
+    }
+    const int most = static_cast<int>(OUTPUT / (widest * MAX_ROWS));
+    for (;;) {
+        const auto [first, last] = parts.take(tiles, thread, LEAST_TILES, most);
+        if (first == last) return;
+        for (int i = begin; i < end; i++) {
+            const Operation& op = p.operations[i];
+            if (left_out(step, op)) continue;
+            if (op.kind != MULTIPLY) {
+                run_rows(p, step, op, row_of_tile(step.num_rows, first), row_of_tile(step.num_rows, last));
+                continue;
+            }
+            const Buffer& in = p.buffers[op.in];
+            const Gemm g = product_of(p, step, op);
+            const Multiply multiply = multiply_of(p.weights[op.weight], in);
+            const int blocks = blocks_of(g, in, last - first);
+            for (int block = 0; block < blocks; block++)
+                multiply(g, 0, g.panels, first + (last - first) * block / blocks, first + (last - first) * (block + 1) / blocks);
+        }
     }
 }
 
 void work(void* argument) {
     Team& team = *static_cast<Team*>(argument);
-    const int thread = team.next_thread.fetch_add(1);
+    const int thread = team.next_thread.fetch_add(1), count = team.program.num_operations;
+    const Operation* operations = team.program.operations;
+    const bool together = tiles_of(team.step.num_rows) >= OWN_TILES * team.threads;
     int i = 0;
-    for (int number = 0; number < team.program.num_operations; number++) {
-        const Operation& op = team.program.operations[number];
-        if (op.kind == SHRINK && team.step.adapters == nullptr) continue;
-        // Nobody is at operation i + 1 before all have met after i, nor still at i - 2.
-        if (thread == 0) team.dealers[(i + 1) % 3].clear();
-        run_operation(team, op, thread, team.dealers[i % 3]);
+    for (int number = 0, next; number < count; number = next) {
+        next = number + 1;
+        if (left_out(team.step, operations[number])) continue;
+        if (together && by_rows(operations[number]))
+            while (next < count && by_rows(operations[next])) next++;
+        // Nobody is at deal i + 1 before all have met after i, nor still at i - 2.
+        if (thread == 0) team.deals[(i + 1) % 3].clear();
+        if (next > number + 1) {
+            run_together(team, number, next, thread, team.deals[i % 3].parts);
+        } else {
+            run_operation(team, operations[number], thread, team.deals[i % 3]);
+        }
         team.barrier.wait();
         i++;
     }
@@ -577,7 +697,7 @@ std::int32_t salver_version() { return 7; }
 void salver_use_threads_of(void* gomp_parallel) { parallel_region = reinterpret_cast<Parallel>(gomp_parallel); }
 
 void salver_run(const Program* program, const Step* step, std::int32_t threads, void (*on_progress)()) {
-    Team team{*program, *step, on_progress, threads, Barrier(threads)};
+    Team team{*program, *step, on_progress, threads, Barrier(threads), {Deal(threads), Deal(threads), Deal(threads)}};
     in_parallel(work, &team, threads);
 }
 
