@@ -46,7 +46,7 @@ BLOCKS, BLOCK_SIZE, CONTEXT = 120, 16, 256
 NATIVE_MODES = ("float32", "bfloat16", "int8", "int4")
 
 
-def runner_of(checkpoint: Path, mode: str, library: Library | None) -> ModelRunner:
+def runner_of(checkpoint: Path, mode: str, library: Library | None, threads: int = 2) -> ModelRunner:
     """A runner in a precision mode: with the native kernel, or (float32 alone) in plain torch."""
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
     model = load_model(checkpoint, device=CPU, dtype=dtype, numerics="exact")
@@ -58,7 +58,7 @@ def runner_of(checkpoint: Path, mode: str, library: Library | None) -> ModelRunn
         sources = SourceReader(model, cache, row_multiple=multiple) if model.encoder is not None else None
         return ModelRunner(model, cache, block_size=BLOCK_SIZE, row_multiple=multiple, sources=sources)
     kind = NativeTransformer if model.encoder is None else NativeSeq2Seq
-    native = kind(model, cache, library, precision=Precision[mode.upper()], threads=2)
+    native = kind(model, cache, library, precision=Precision[mode.upper()], threads=threads)
     sources = SourceReader(native, cache, row_multiple=1) if isinstance(native, NativeSeq2Seq) else None
     return ModelRunner(native, cache, block_size=BLOCK_SIZE, row_multiple=1, sources=sources)
 
@@ -326,7 +326,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mixes", type=int, default=10_000, help="over all precisions and models")
     parser.add_argument("--first", type=int, default=0, help="number of the first mix")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of the kernel; 1 where several of these share the machine"
+    )
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     library = find_library(default_cache_dir())
     modes = NATIVE_MODES if library is not None else ("float32",)
     ways, failed, told = Ways(), 0, time.monotonic()
@@ -336,7 +340,7 @@ def main() -> int:
             for write in (write_tiny_llama, write_tiny_gpt2, write_tiny_marian)
         ]
         runners = [
-            (f"{path.name.removeprefix('write_')} {mode}", runner_of(path, mode, library))
+            (f"{path.name.removeprefix('write_')} {mode}", runner_of(path, mode, library, args.threads))
             for path in checkpoints
             for mode in modes
         ]
