@@ -117,13 +117,13 @@ def main() -> int:
     dtype = "float32" if options.kernels == "torch" else "bfloat16"
     checkpoint = checkpoint_of(options.model, dtype, options.cache_dir)
     running = Running(checkpoint, options.batch, options.kernels)
-    if options.kernels == "torch":
-        with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory:  # new weights read the adapters anew
+        if options.kernels == "torch":
             write_adapter(checkpoint, Path(directory), options.rank)
             running.change(
                 f"an adapter of rank {options.rank}", LoadAdapter(1, AdapterSource("a@1", directory))
             )
-    running.change("the weights", StageWeights(2, str(checkpoint), "second"), ApplyWeights(3, 2))
+        running.change("the weights", StageWeights(2, str(checkpoint), "second"), ApplyWeights(3, 2))
     return 0
 
 

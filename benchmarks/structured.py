@@ -218,7 +218,7 @@ def coverage(library: Any, tokenizer: Tokenizer) -> dict[str, str]:
 def core_of(checkpoint: Path, batch: int, grammar: str) -> EngineCore:
     """An engine in which `batch` sequences decode, warm."""
     runner = runner_of(checkpoint, "bfloat16", torch.get_num_threads(), batch * 16 + 1)
-    runner.grammars = Grammars(lambda: load_vocabulary(checkpoint))
+    runner.grammars = Grammars(lambda: load_vocabulary(checkpoint), beside=False)
     runner.grammars.warm()
     limits = EngineLimits(
         num_blocks=batch * 16 + 1, block_size=16, max_model_len=256, max_num_seqs=batch,

@@ -18,8 +18,8 @@ class SamplingRow:
     these sequences, one after the other, and `stop_token_ids` may follow a whole one.
     allowed_token_ids: nothing but these and `stop_token_ids`. All three are off when empty.
     no_repeat_ngram_size: no so many tokens occur twice in prompt and output; 0 is off.
-    mask: bool [any length], True for each token that a grammar does not allow; tokens beyond its end are
-    not allowed either.
+    mask: uint8 [any length], a bit for each token, the lowest of a byte first, set where a grammar allows
+    it; tokens beyond its end are not allowed.
     """
 
     temperature: float
@@ -41,4 +41,4 @@ class SamplingRow:
     allowed_token_ids: tuple[int, ...] = ()
     stop_token_ids: Collection[int] = ()
     no_repeat_ngram_size: int = 0
-    mask: npt.NDArray[np.bool_] | None = None
+    mask: npt.NDArray[np.uint8] | None = None

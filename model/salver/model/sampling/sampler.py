@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from salver.model.noise import uniforms
@@ -13,6 +15,7 @@ from salver.model.sampling.steps import STEPS
 from salver.model.transfer import on_device, tensor_on
 
 INVALID = -1
+_FARTHEST = 87.0  # exp(-87) is still a normal number
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -64,8 +67,13 @@ def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def weights(logits: Tensor) -> Tensor:
-    """float32 [R, V]: a token is drawn in proportion to this, of processed logits."""
-    return (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    """float32 [R, V]: a token is drawn in proportion to this, of processed logits.
+
+    0 for a logit that is `_FARTHEST` below the best, which could not be drawn: a library's exp takes many
+    times as long for what is out of its range, as every logit is that some step excluded.
+    """
+    below = (logits - logits.amax(dim=-1, keepdim=True)).clamp_(min=-_FARTHEST)
+    return F.threshold_(below.exp_(), 2 * math.exp(-_FARTHEST), 0.0)
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -25,7 +25,8 @@ from salver.model.errors import CheckpointError
 from salver.model.tokenizer import Tokenizer
 from salver.server.engine.sequence import Sequence
 
-Mask = npt.NDArray[np.bool_]  # [rows, tokens]: True for a token that may not follow
+# [rows, bytes]: a bit for each token, the lowest of a byte first, set where it may follow.
+Mask = npt.NDArray[np.uint8]
 
 CACHED_GRAMMARS = 64
 # A mask takes at most a few milliseconds, a compilation a few tens.
@@ -84,9 +85,14 @@ class _State:
 class Grammars:
     """The masks of the sequences that have a grammar."""
 
-    def __init__(self, load: Callable[[], LLTokenizer]) -> None:
-        """`load` gives the vocabulary; it is called when that is first needed, or by `warm`."""
+    def __init__(self, load: Callable[[], LLTokenizer], *, beside: bool = True) -> None:
+        """`load` gives the vocabulary; it is called when that is first needed, or by `warm`.
+
+        `beside`: masks are made while the model computes. That gains where the model is elsewhere: on
+        processors that its threads share evenly, one that makes masks too keeps all the others waiting.
+        """
         self._load = load
+        self._beside = beside
         self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
@@ -110,20 +116,20 @@ class Grammars:
         threading.Thread(target=work, daemon=True, name="vocabulary").start()
 
     def begin(self, wanted: Values[tuple[Sequence, tuple[int, ...]]]) -> Future[list[Mask | None]]:
-        """`masks` in a thread: while the model computes, and neither knows the other's outcome.
+        """`masks`, perhaps in a thread: while the model computes, and neither knows the other's outcome.
 
         Until it is done nobody may ask for more of these sequences, or add to their tokens.
         """
-        if any(sequence.request.grammar for sequence, _ in wanted):
+        if self._beside and any(sequence.request.grammar for sequence, _ in wanted):
             return self._thread.submit(self.masks, wanted)
-        nothing: Future[list[Mask | None]] = Future()
-        nothing.set_result([None] * len(wanted))
-        return nothing
+        made: Future[list[Mask | None]] = Future()
+        made.set_result(self.masks(wanted))
+        return made
 
     def masks(self, wanted: Values[tuple[Sequence, tuple[int, ...]]]) -> list[Mask | None]:
-        """For each sequence and its drafts the tokens that may not follow, and not after each draft.
+        """For each sequence and its drafts the tokens that may follow, and after each draft.
 
-        [1 + drafts, at least the vocabulary] each; None without a grammar. Rows behind a draft that the
+        [1 + drafts, at least the vocabulary / 8] each; None without a grammar. Rows behind a draft that the
         grammar does not allow say nothing. No token may follow where the grammar was too much for its
         limits, or the tokens so far don't follow it.
         """
@@ -144,9 +150,8 @@ class Grammars:
         for matcher, first, end in zip(matchers, first_rows, ends, strict=True):
             if matcher.is_error():  # the library says then that the end may follow
                 masks[first:end] = 0
-        excluded = np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
         for i, first, end in zip(concerned, first_rows, ends, strict=True):
-            found[i] = excluded[first:end]
+            found[i] = masks[first:end].view(np.uint8)
         return found
 
     def _fill(

@@ -112,7 +112,7 @@ def start_engine(
     adapters = None
     if config.adapters or config.more_adapters:
         adapters = AdapterSet(decoder, loaded_adapters, multiple)
-    grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)))
+    grammars = Grammars(lambda: load_vocabulary(Path(config.checkpoint)), beside=model.device.type != "cpu")
     runner = LaunchingModelRunner(
         decoder,
         cache,
