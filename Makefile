@@ -122,7 +122,11 @@ sbom: .shipped/.done ## what an install of salver[server,otel] brings, as Cyclon
 audit: .shipped/.done ## look for known vulnerabilities of the same (asks the advisory service of the package index)
 	mkdir -p dist
 	.shipped/server/bin/python -m pip --disable-pip-version-check list --exclude-editable --format=freeze > dist/shipped.txt
-	.shipped/tools/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r dist/shipped.txt $(AUDIT_ARGS)
+	@.shipped/tools/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r dist/shipped.txt $(AUDIT_ARGS) \
+		> dist/audit.txt 2>&1; code=$$?; cat dist/audit.txt; test $$code -eq 0 && exit; \
+		grep -q '^Found [0-9]' dist/audit.txt && echo 'make audit: vulnerable packages are listed above' >&2 || \
+		echo 'make audit: no answer of the advisory service (see above), so NOTHING is known of $(CURDIR)/dist/shipped.txt' >&2; \
+		exit 1
 
 tools: .tools/.done ## install the outside tools of the tests into .tools (Debian with apt, as root)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -155,6 +156,35 @@ def test_the_containerfile(find_tool: Any) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     last = CONTAINERFILE.read_text().rpartition("\nFROM ")[2]
     assert "USER 65532:65532" in last and "apt-get" not in last
+
+
+def test_what_stands_in_for_tritons_compiler(tmp_path: Path) -> None:
+    """It hands out what was compiled with the image, and says so where there is nothing."""
+    image = CONTAINERFILE.parent / "image"
+    for name in ("bin", "lib"):
+        (tmp_path / name).mkdir()
+    shutil.copy(image / "triton_cc.sh", tmp_path / "bin" / "triton-cc")
+    build = ["sh", str(image / "build_triton_driver.sh"), str(tmp_path), str(tmp_path / "lib" / "triton")]
+    subprocess.run(build, check=True, timeout=60)  # the variant for CPUs: no Triton, nothing to compile
+    (tmp_path / "lib" / "triton" / "cuda_utils.so").write_bytes(b"compiled")
+
+    def compiler(name: str) -> subprocess.CompletedProcess[str]:
+        words = [
+            f"/somewhere/{name}.c",
+            "-O3",
+            "-shared",
+            "-o",
+            str(tmp_path / "out.so"),
+            "-L/x",
+            "-l:y.so.1",
+        ]
+        command = ["sh", str(tmp_path / "bin" / "triton-cc"), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert compiler("cuda_utils").returncode == 0
+    assert (tmp_path / "out.so").read_bytes() == b"compiled"
+    refused = compiler("other")
+    assert refused.returncode != 0 and "no compiler in this image" in refused.stderr
 
 
 def test_the_config_file_is_one() -> None:
