@@ -102,7 +102,7 @@ def test_vocabulary_and_merges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"tokenizer_class": "PegasusTokenizer"}, "tokenizer_class 'PegasusTokenizer'"),
+        ({"tokenizer_class": "ReformerTokenizer"}, "tokenizer_class 'ReformerTokenizer'"),
         ({"add_eos_token": True}, "add_eos_token"),
     ],
 )

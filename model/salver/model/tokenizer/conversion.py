@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from ..errors import CheckpointError
 from .encoder_sentencepiece import read_encoder_sentencepiece
 from .sentencepiece import read_sentencepiece
+from .translation_sentencepiece import read_translation_sentencepiece
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # Classes of tokenizer_config.json whose rules are those here; without one, the files speak for themselves.
@@ -22,7 +23,7 @@ SENTENCEPIECE_CLASSES = {
     "MT5Tokenizer": False,
 }
 ENDING = ("T5Tokenizer", "MT5Tokenizer")  # a text ends with the end-of-sequence token
-BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": False, "CodeGenTokenizer": False}
+BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": False, "CodeGenTokenizer": False, "BlenderbotTokenizer": False}
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -37,17 +38,25 @@ def convert(
     encoder = read_encoder_sentencepiece(path, settings, special, model_type)
     if encoder is not None:
         return encoder
+    translation = read_translation_sentencepiece(path, settings, special)
+    if translation is not None:
+        return translation
     named = {**special, **settings}
     for name in SENTENCEPIECE:
         if (path / name).is_file():
             begins = _begins(path, named, SENTENCEPIECE_CLASSES, name, default=True)
             tokenizer = _finished(read_sentencepiece(path / name), named, begins)
             if str(named.get("tokenizer_class") or "").removesuffix("Fast") in ENDING:
+                marks = [f"<extra_id_{i}>" for i in reversed(range(int(named.get("extra_ids", 100))))]
+                tokenizer.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks])
                 _end_with_eos(path, tokenizer, named)
             return tokenizer
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         begins = _begins(path, named, BYTE_LEVEL_CLASSES, "merges.txt", default=False)
-        return _finished(_byte_level(path, named), named, begins)
+        tokenizer = _finished(_byte_level(path, named), named, begins)
+        if _is_blenderbot(named):
+            _end_with_eos(path, tokenizer, named)
+        return tokenizer
     return None
 
 
@@ -67,13 +76,17 @@ def _begins(path: Path, named: dict[str, Any], classes: dict[str, bool], file: s
     return classes.get(name, default) if begins is None else bool(begins)
 
 
+def _is_blenderbot(named: dict[str, Any]) -> bool:
+    return str(named.get("tokenizer_class") or "").removesuffix("Fast") == "BlenderbotTokenizer"
+
+
 def _byte_level(path: Path, named: dict[str, Any]) -> Tokenizer:
     try:
         model = models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))
     except Exception as error:  # what the library raises is a bare Exception
         raise CheckpointError(f"{path / 'merges.txt'}: not a vocabulary that can be read: {error}") from error
     tokenizer = Tokenizer(model)
-    space = bool(named.get("add_prefix_space", False))
+    space = bool(named.get("add_prefix_space", _is_blenderbot(named)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -103,13 +116,13 @@ def _finished(tokenizer: Tokenizer, named: dict[str, Any], begins: bool) -> Toke
 
 
 def _end_with_eos(path: Path, tokenizer: Tokenizer, named: dict[str, Any]) -> None:
-    """T5's texts end so; and behind its pieces stand the marks of left-out spans, the last one first."""
+    """Texts end so."""
     eos = _token(named.get("eos_token")) or AddedToken("</s>", special=True, normalized=False)
     index = tokenizer.token_to_id(eos.content)
     if index is None:
         raise CheckpointError(f"{path}: the special token {eos.content} is not in the vocabulary")
-    marks = [f"<extra_id_{i}>" for i in reversed(range(int(named.get("extra_ids", 100))))]
-    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    unknown = _token(named.get("unk_token")) or AddedToken("<unk>", special=True, normalized=False)
+    tokenizer.add_special_tokens([m for m in (eos, unknown) if tokenizer.token_to_id(m.content) is not None])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", eos.content],
         pair=["$A", eos.content, "$B", eos.content],

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from ..errors import CheckpointError
+from . import languages
 from .encoding import EncodedText
 from .sentencepiece import SPACE, read_sentencepiece
 
@@ -89,7 +90,8 @@ def read_piece_vocabulary(
     marks.append(_spelled(named.get("pad_token"), "<pad>"))
     if name == "M2M100Tokenizer":
         marks.append(_spelled(named.get("bos_token"), "<s>"))
-        for token in named.get("additional_special_tokens") or ():  # its languages, behind the vocabulary
+        usual = [f"__{code}__" for code in languages.M2M100]
+        for token in named.get("additional_special_tokens") or usual:  # languages, behind the vocabulary
             vocabulary.setdefault(_spelled(token, ""), len(vocabulary))
             marks.append(_spelled(token, ""))
     else:

@@ -7,7 +7,7 @@ sentencepiece_model.proto.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 
 SPACE = "\u2581"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # SentencePiece.Type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 
 # (name, number, type) of the fields that are read; the others are passed over.
 _INT, _BOOL, _STRING, _BYTES, _FLOAT = 5, 8, 9, 12, 2
@@ -79,9 +79,22 @@ def read_model(path: Path) -> Any:
     return model
 
 
-def read_sentencepiece(path: Path) -> Tokenizer:
-    """The tokenizer of a model file; its control pieces are special tokens. Raises CheckpointError."""
+def read_sentencepiece(
+    path: Path,
+    *,
+    front: Sequence[str] = (),
+    replaced: int = 0,
+    back: Sequence[str] = (),
+    unknown: str = "",
+) -> Tokenizer:
+    """The tokenizer of a model file; its control pieces are special tokens. Raises CheckpointError.
+
+    With pieces of other ids: those of `front` stand in the place of the first `replaced`, those of `back`
+    at the end, and `unknown` is what is not in the vocabulary.
+    """
     model = read_model(path)
+    if front or back:
+        _rearrange(path, model, front, replaced, back, unknown)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (UNIGRAM, BPE):
         raise CheckpointError(
@@ -97,6 +110,23 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     control = [piece.piece for piece in model.pieces if piece.type == CONTROL]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in control])
     return tokenizer
+
+
+def _rearrange(
+    path: Path, model: Any, front: Sequence[str], replaced: int, back: Sequence[str], unknown: str
+) -> None:
+    """Gives the message's pieces other ids."""
+    kept = [(piece.piece, piece.score, piece.type) for piece in model.pieces][replaced:]
+    del model.pieces[:]
+    added = [[(piece, 0.0, CONTROL) for piece in pieces] for pieces in (front, back)]
+    ids: dict[str, int] = {}
+    for piece, score, kind in (*added[0], *kept, *added[1]):
+        ids.setdefault(piece, len(model.pieces))
+        model.pieces.add(piece=piece, score=score, type=kind)
+    if unknown not in ids:
+        raise CheckpointError(f"{path}: {unknown} is not among its pieces")
+    model.trainer_spec.unk_id, model.trainer_spec.unk_piece = ids[unknown], unknown
+    model.pieces[ids[unknown]].type = UNKNOWN
 
 
 def _model(model: Any) -> models.Model:

@@ -18,6 +18,20 @@ from .vocabulary_files import read_vocabulary_files
 if TYPE_CHECKING:
     from .piece_vocabulary import PieceVocabulary
 
+# Whose tokenizer a model has where the configs do not say; as AutoTokenizer knows.
+_CLASS_OF = {
+    "bart": "BartTokenizer",
+    "blenderbot": "BlenderbotTokenizer",
+    "m2m_100": "M2M100Tokenizer",
+    "marian": "MarianTokenizer",
+    "mbart": "MBartTokenizer",
+    "mt5": "MT5Tokenizer",
+    "pegasus": "PegasusTokenizer",
+    "roberta": "RobertaTokenizer",
+    "t5": "T5Tokenizer",
+    "umt5": "T5Tokenizer",
+    "xglm": "XGLMTokenizer",
+}
 # Special tokens that name a language: M2M-100's, mBART's and NLLB's, Marian's.
 _LANGUAGE = re.compile(r"__([a-z]{2,8})__|([a-z]{2,3}_(?:[A-Z]{2}|[A-Z][a-z]{3}))|>>(.+)<<")
 
@@ -190,6 +204,10 @@ def _read_backend(
             return tokenizers.Tokenizer.from_file(str(file)), None
         except Exception as error:  # what the library raises is a bare Exception
             raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+    config = read_json(path / "config.json")
+    model_type = str(config.get("model_type"))
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class") or _CLASS_OF.get(model_type)
+    settings = {**settings, "tokenizer_class": name}
     backend = read_vocabulary_files(path, settings)
     if backend is None:
         from .conversion import convert  # protobuf is loaded where it is needed
@@ -198,8 +216,7 @@ def _read_backend(
         special = read_json(path / "special_tokens_map.json")
         if (found := read_piece_vocabulary(path, settings, special)) is not None:
             return found[1], found[0]
-        model_type = read_json(path / "config.json").get("model_type")
-        backend = convert(path, settings, special, str(model_type))
+        backend = convert(path, settings, special, model_type)
     if backend is None:
         raise CheckpointError(
             f"{file}: missing; no SentencePiece model, no vocab.txt and no vocab.json and merges.txt stand in"
