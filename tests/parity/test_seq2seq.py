@@ -255,4 +255,6 @@ def test_every_family_is_here() -> None:
 
     tried = {variant.model for variant in VARIANTS.values()}
     known = tried | {variant.model for variant in DECODERS.values()}
-    assert FAMILIES.keys() == known | {"MPTForCausalLM", "GPT2LMHeadModel", "BartModel"}
+    assert FAMILIES.keys() == known | {
+        "MPTForCausalLM", "GPT2LMHeadModel", "BartModel", "T5WithLMHeadModel",
+    }  # fmt: skip

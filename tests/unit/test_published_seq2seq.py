@@ -88,6 +88,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **T5, "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "n_positions": 512,
         "task_specific_params": {"translation_en_to_de": {"prefix": "translate English to German: "}},
     },
+    "t5-3b": {**T5, "architectures": ["T5WithLMHeadModel"], "model_type": "t5", "d_kv": 128},
     "flan-t5-small": {
         **T5, "architectures": ["T5ForConditionalGeneration"], "d_ff": 1024,
         "feed_forward_proj": "gated-gelu", "num_decoder_layers": 2, "num_heads": 6,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ..config_reader import ConfigReader
@@ -61,13 +63,19 @@ def bart_spec(
     start: int | None = None,
     forced_eos: int | None = None,
     context: int = 1024,
+    sizes: Mapping[str, int] = MappingProxyType({}),
     **differences: Any,
 ) -> ModelSpec:
     """The common shape: LayerNorm, heads that share the hidden size, a plain MLP, biases, a tied head.
 
-    `activation`, `scaled`, `start`, `forced_eos` and `context` are what holds if the config does not say.
+    `activation`, `scaled`, `start`, `forced_eos`, `context` and `sizes` are what holds if the config does not
+    say.
     """
-    hidden = c.size("d_model", 1024)
+
+    def size(name: str, usual: int) -> int:
+        return c.size(name, sizes.get(name, usual))
+
+    hidden = size("d_model", 1024)
     _read_old_fields(c, norm_before, embedding_norm, static=sinusoids is not None)
     norm = NormSpec("layer", 1e-5)
     multiplier = hidden**0.5 if c.boolean("scale_embedding", scaled) else 1.0
@@ -81,9 +89,9 @@ def bart_spec(
         architecture=architecture,
         vocab_size=c.size("vocab_size"),
         hidden_size=hidden,
-        num_layers=c.size("encoder_layers", 12),
-        num_heads=_heads(c, "encoder_attention_heads", hidden),
-        intermediate_size=c.size("encoder_ffn_dim", 4096),
+        num_layers=size("encoder_layers", 12),
+        num_heads=_divisor(c, "encoder_attention_heads", size("encoder_attention_heads", 16), hidden),
+        intermediate_size=size("encoder_ffn_dim", 4096),
         max_input_tokens=context,
         weights=WeightMap(),
         embedding_norm=embedding_norm,
@@ -93,17 +101,17 @@ def bart_spec(
         final_norm=norm_before,
         **shape,
     )
-    heads = _heads(c, "decoder_attention_heads", hidden)
+    heads = _divisor(c, "decoder_attention_heads", size("decoder_attention_heads", 16), hidden)
     logit_bias = differences.pop("logit_bias", True)
     spec = ModelSpec(
         architecture=architecture,
         vocab_size=differences.pop("vocab_size", encoder.vocab_size),
         hidden_size=hidden,
-        num_layers=c.size("decoder_layers", 12),
+        num_layers=size("decoder_layers", 12),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        intermediate_size=c.size("decoder_ffn_dim", 4096),
+        intermediate_size=size("decoder_ffn_dim", 4096),
         max_position_embeddings=context,
         positions=positions,
         gated=False,
@@ -128,8 +136,7 @@ def bart_spec(
     return replace(spec, weights=bart_weights(spec, encoder))
 
 
-def _heads(c: ConfigReader, name: str, hidden: int) -> int:
-    heads = c.size(name, 16)
+def _divisor(c: ConfigReader, name: str, heads: int, hidden: int) -> int:
     if hidden % heads:
         raise c.error(name, f"({heads}) must divide d_model ({hidden})")
     return heads
@@ -160,6 +167,12 @@ def _read_old_fields(c: ConfigReader, norm_before: bool, embedding_norm: bool, *
 
 
 # ---- names ----
+
+# Sinusoids, which are computed; and fairseq's version of its own format.
+_IGNORED = (
+    r"model\.(encoder|decoder)\.embed_positions\.weights?",
+    r"model\.(encoder|decoder)\.version",
+)
 
 _LAYER = {
     "attention_out": "self_attn.out_proj",
@@ -197,9 +210,7 @@ def bart_weights(spec: ModelSpec, encoder: EncoderSpec) -> WeightMap:
     copies = ("lm_head", *(() if spec.own_embedding else EMBEDDINGS[1:]))
     return WeightMap(
         decoder.tensors | tensors,
-        ignored=(r"model\.(encoder|decoder)\.embed_positions\.weights?", r"model\.shared\.weight")
-        if spec.own_embedding
-        else (r"model\.(encoder|decoder)\.embed_positions\.weights?",),
+        ignored=(*_IGNORED, r"model\.shared\.weight") if spec.own_embedding else _IGNORED,
         duplicates=tuple((f"{name}.weight", f"{first}.weight") for name in copies),
         optional_prefix="",
         # BartModel and its like were saved without the prefix.

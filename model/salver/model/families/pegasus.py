@@ -39,4 +39,11 @@ def blenderbot(c: ConfigReader) -> ModelSpec:
         start=1,
         forced_eos=2,
         context=128,
+        sizes={
+            "d_model": 2560,
+            "encoder_layers": 2,
+            "decoder_layers": 24,
+            **{f"{side}_attention_heads": 32 for side in ("encoder", "decoder")},
+            **{f"{side}_ffn_dim": 10240 for side in ("encoder", "decoder")},
+        },
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config_reader import ConfigReader
@@ -27,7 +27,7 @@ _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_to
 _GATED = "gated-"
 
 
-@family("T5ForConditionalGeneration")
+@family("T5ForConditionalGeneration", "T5WithLMHeadModel")
 def t5(c: ConfigReader) -> ModelSpec:
     return t5_spec(c, "T5ForConditionalGeneration", scaled=_scaled(c))
 
@@ -35,12 +35,12 @@ def t5(c: ConfigReader) -> ModelSpec:
 @family("MT5ForConditionalGeneration")
 def mt5(c: ConfigReader) -> ModelSpec:
     c.ignore("tie_word_embeddings")  # its head has never been scaled
-    return t5_spec(c, "MT5ForConditionalGeneration", scaled=False)
+    return t5_spec(c, "MT5ForConditionalGeneration", scaled=False, usual=_MT5)
 
 
 @family("UMT5ForConditionalGeneration")
 def umt5(c: ConfigReader) -> ModelSpec:
-    return t5_spec(c, "UMT5ForConditionalGeneration", scaled=_scaled(c), own=True)
+    return t5_spec(c, "UMT5ForConditionalGeneration", scaled=_scaled(c), own=True, usual=_MT5)
 
 
 def _scaled(c: ConfigReader) -> bool:
@@ -48,16 +48,32 @@ def _scaled(c: ConfigReader) -> bool:
     return c.boolean("scale_decoder_outputs", c.boolean("tie_word_embeddings", True))
 
 
-def t5_spec(c: ConfigReader, architecture: str, *, scaled: bool, own: bool = False) -> ModelSpec:
+@dataclass(frozen=True, slots=True)
+class _Usual:
+    """What holds if the config does not say."""
+
+    heads: int = 8
+    inner: int = 2048
+    layers: int = 6
+    projection: str = "relu"
+
+
+_T5 = _Usual()
+_MT5 = _Usual(6, 1024, 8, "gated-gelu")
+
+
+def t5_spec(
+    c: ConfigReader, architecture: str, *, scaled: bool, own: bool = False, usual: _Usual = _T5
+) -> ModelSpec:
     """`scaled`: the head is the embedding and scales; else the head is the checkpoint's, if it has one.
 
     `own`: every layer has its own table of biases, not the first one for all.
     """
-    hidden, heads, head_dim = c.size("d_model", 512), c.size("num_heads", 8), c.size("d_kv", 64)
+    hidden, heads, head_dim = c.size("d_model", 512), c.size("num_heads", usual.heads), c.size("d_kv", 64)
     buckets = c.size("relative_attention_num_buckets", 32)
     farthest = c.size("relative_attention_max_distance", 128)
-    inner, layers = c.size("d_ff", 2048), c.size("num_layers", 6)
-    activation, gated = _activation(c)
+    inner, layers = c.size("d_ff", usual.inner), c.size("num_layers", usual.layers)
+    activation, gated = _activation(c, usual.projection)
     norm = NormSpec("rms", c.number("layer_norm_epsilon", 1e-6))
     context = max(CONTEXT, c.size("n_positions", 512))
     vocab_size = c.size("vocab_size", 32128)
@@ -107,9 +123,9 @@ def t5_spec(c: ConfigReader, architecture: str, *, scaled: bool, own: bool = Fal
     return replace(spec, weights=_weights(spec, encoder))
 
 
-def _activation(c: ConfigReader) -> tuple[str, bool]:
+def _activation(c: ConfigReader, usual: str) -> tuple[str, bool]:
     """(name, gated) of `feed_forward_proj`; "gated-gelu" has always meant GELU by tanh."""
-    said = c.choice("feed_forward_proj", (*ACTIVATIONS, *(_GATED + name for name in ACTIVATIONS)), "relu")
+    said = c.choice("feed_forward_proj", (*ACTIVATIONS, *(_GATED + name for name in ACTIVATIONS)), usual)
     if said == "gated-gelu":
         return "gelu_new", True
     return said.removeprefix(_GATED), said.startswith(_GATED)
