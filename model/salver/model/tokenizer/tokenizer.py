@@ -13,7 +13,7 @@ import tokenizers
 from ..errors import CheckpointError
 from .decoding import Decoding, read_decoding
 from .encoding import EncodedText, encoded
-from .vocabulary_files import read_vocabulary_files
+from .vocabulary_files import add_listed_tokens, read_vocabulary_files
 
 if TYPE_CHECKING:
     from .piece_vocabulary import PieceVocabulary
@@ -180,12 +180,13 @@ def _read_backend(
             return tokenizers.Tokenizer.from_file(str(file)), None
         except Exception as error:  # what the library raises is a bare Exception
             raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
-    backend = read_vocabulary_files(path, settings)
+    special = read_json(path / "special_tokens_map.json")
+    # What tokenizer_config.json does not name may be named there.
+    backend = read_vocabulary_files(path, {**special, **settings})
     if backend is None:
         from .conversion import convert  # protobuf is loaded where it is needed
         from .piece_vocabulary import read_piece_vocabulary
 
-        special = read_json(path / "special_tokens_map.json")
         if (found := read_piece_vocabulary(path, settings, special)) is not None:
             return found[1], found[0]
         model_type = read_json(path / "config.json").get("model_type")
@@ -194,6 +195,7 @@ def _read_backend(
         raise CheckpointError(
             f"{file}: missing; no SentencePiece model, no vocab.txt and no vocab.json and merges.txt stand in"
         )
+    add_listed_tokens(backend, path, settings, special)
     return backend, None
 
 
