@@ -60,7 +60,7 @@ def ids_of(found: Attention) -> list[int]:
 
 def make(kind: str, directory: Path) -> EncodingServer:
     if kind in ("llama", "native"):
-        library = find_library(directory / "kernels") if kind == "native" else None
+        library = find_library(directory.parent / "kernels") if kind == "native" else None
         if kind == "native" and library is None:
             pytest.skip("no native kernel here")
         return DecoderServer(write_tiny_llama(directory), library)
@@ -163,7 +163,7 @@ def test_a_pair_is_read_as_one(tmp_path: Path) -> None:
     run(server, test)
 
 
-@pytest.mark.parametrize("kind", ["llama", "BertModel"])
+@pytest.mark.parametrize("kind", ["llama", "native", "BertModel"])
 def test_neighbours_are_left_alone(kind: str, tmp_path: Path) -> None:
     """Among embeddings (and a stream of tokens) everybody gets what they get alone."""
     server = make(kind, tmp_path)

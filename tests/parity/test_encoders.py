@@ -71,7 +71,12 @@ KNOBS: list[tuple[str, str, Any]] = [
     ("BertModel", "hidden_act", "relu"),
     ("BertModel", "layer_norm_eps", 0.1),
     ("BertModel", "num_attention_heads", 2),
+    ("BertForMaskedLM", "hidden_act", "silu"),
     ("RobertaModel", "pad_token_id", 0),
+    ("XLMRobertaModel", "pad_token_id", 0),
+    ("CamembertModel", "layer_norm_eps", 0.1),
+    ("MPNetModel", "hidden_act", "relu"),
+    ("MPNetModel", "layer_norm_eps", 0.1),
     ("AlbertModel", "num_hidden_layers", 6),
     ("AlbertModel", "hidden_act", "relu"),
     ("ElectraForSequenceClassification", "hidden_act", "relu"),
@@ -94,6 +99,7 @@ KNOBS: list[tuple[str, str, Any]] = [
     ("DebertaV2Model", "hidden_act", "relu"),
     ("DebertaV2ForSequenceClassification", "pooler_hidden_act", "tanh"),
     ("NomicBertModel", "hidden_act", "gelu"),
+    ("NomicBertModel", "layer_norm_eps", 0.1),
     ("NomicBertModel", "rope_parameters", {"rope_type": "default", "rope_theta": 10.0}),
 ]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity.test_encoders import native_library
 from support.encoders import VOCAB, Oracle, write_encoder
 from support.encoding_service import EncodingServer
 
@@ -229,13 +232,14 @@ def test_classify_single_pair_and_multi_label(tmp_path: Path) -> None:
 def test_pairs_that_the_tokenizer_does_not_part_are_refused(tmp_path: Path) -> None:
     from tokenizers import processors
 
-    name = "BertForSequenceClassification"
-    checkpoint = write(tmp_path, name)
-    backend = reference_tokenizer(checkpoint).backend_tokenizer
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    backend.save(str(checkpoint / "tokenizer.json"))
+    def unparted(name: str, **changes: Any) -> EncodingServer:
+        checkpoint = write(tmp_path / name, name, **changes)
+        backend = reference_tokenizer(checkpoint).backend_tokenizer
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        backend.save(str(checkpoint / "tokenizer.json"))
+        return EncodingServer(checkpoint)
 
     async def test(client: AsyncClient) -> None:
         with pytest.raises(InvalidArgument, match=r"inputs\[1\]\.pair: 'tiny' reads single texts"):
@@ -244,7 +248,17 @@ def test_pairs_that_the_tokenizer_does_not_part_are_refused(tmp_path: Path) -> N
             await client.get_attention("the", pair="book")
         assert len((await client.classify("the book"))[0].labels) == 3
 
-    run(EncodingServer(checkpoint), test)
+    async def rank(client: AsyncClient) -> None:
+        with pytest.raises(InvalidArgument, match="documents: 'tiny' reads single texts"):
+            await client.rerank("who", ["the book"])
+
+    async def ask(client: AsyncClient) -> None:
+        with pytest.raises(InvalidArgument, match="context: 'tiny' reads single texts"):
+            await client.extract_answer("who", "the book")
+
+    run(unparted("BertForSequenceClassification"), test)
+    run(unparted("BertForSequenceClassification", num_labels=1), rank)
+    run(unparted("BertForQuestionAnswering"), ask)
 
 
 def test_rerank(tmp_path: Path) -> None:
@@ -336,6 +350,21 @@ def test_fill_mask(tmp_path: Path) -> None:
     run(EncodingServer(checkpoint), test)
 
 
+def test_a_tokenizer_without_a_mask_token(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, "BertForMaskedLM")
+    vocabulary = checkpoint / "vocab.txt"
+    vocabulary.write_text(vocabulary.read_text().replace("[MASK]", "[gone]"))
+    settings = {"tokenizer_class": "BertTokenizer"}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    async def test(client: AsyncClient) -> None:
+        for text in ("Anna gave the [MASK] to Bob", "the book"):
+            with pytest.raises(InvalidArgument, match=r"inputs\[0\]: the tokenizer has no mask token"):
+                await client.fill_mask(text)
+
+    run(EncodingServer(checkpoint), test)
+
+
 def test_extract_answer(tmp_path: Path) -> None:
     """Against every pair of start and end of a context that one window holds, and by windows."""
     name = "BertForQuestionAnswering"
@@ -363,11 +392,74 @@ def test_extract_answer(tmp_path: Path) -> None:
         (nothing,) = [a for a in everything if a.no_answer]
         close(nothing.score, p[0][0] * p[1][0])
         assert (nothing.text, nothing.start, nothing.end) == ("", 0, 0)
-        long = await client.extract_answer(question, "é " + CONTEXT * 3, stride=20, top_k=2)
-        assert all(("é " + CONTEXT * 3)[a.start : a.end] == a.text for a in long)
+        long = "é " + CONTEXT * 3
+        whole = {"truncation": "only_second", "max_length": 64, "stride": 20}
+        windows = reference_tokenizer(checkpoint)(
+            question, long, return_overflowing_tokens=True, return_offsets_mapping=True, **whole
+        )
+        assert len(windows["input_ids"]) > 5
+        answers: dict[tuple[int, int], float] = {}
+        for index, ids in enumerate(windows["input_ids"]):
+            kinds, offsets = windows.sequence_ids(index), windows["offset_mapping"][index]
+            scores = Oracle(checkpoint, name)(ids, windows["token_type_ids"][index]).double().numpy()
+            scores[[kind != 1 and i > 0 for i, kind in enumerate(kinds)]] = -1e9
+            p = softmax(scores.T)
+            for i, j in itertools.product(range(1, len(ids)), repeat=2):
+                if kinds[i] == kinds[j] == 1 and 0 <= j - i < 15:
+                    span = (offsets[i][0], offsets[j][1])
+                    answers[span] = max(answers.get(span, 0), float(p[0][i] * p[1][j]))
+        wanted = sorted(answers.items(), key=lambda item: -item[1])[:4]
+        found = await client.extract_answer(question, long, stride=20, top_k=4)
+        close([a.score for a in found], [score for _, score in wanted])
+        assert [(a.start, a.end) for a in found] == [span for span, _ in wanted]
+        assert all(long[a.start : a.end] == a.text for a in found)
         with pytest.raises(OutOfRange, match="stride is 60"):
             await client.extract_answer(question, CONTEXT * 3, stride=60)
         with pytest.raises(InvalidArgument, match="context: must not be empty"):
             await client.extract_answer(question, "  ")
 
     run(EncodingServer(checkpoint), test)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "BertForSequenceClassification",
+        "BertForMaskedLM",
+        "BertForTokenClassification",
+        "BertForQuestionAnswering",
+    ],
+)
+def test_strangers_of_every_task_change_no_bit(
+    tmp_path: Path, cache_dir: Path, architecture: str, native: bool
+) -> None:
+    """Whatever the checkpoint can do, asked alone, and in crowds of all of it in any order."""
+    library = native_library(cache_dir) if native else None
+    labels = {"num_labels": 1} if "Sequence" in architecture else {}
+    checkpoint = write(tmp_path / "checkpoint", architecture, num_attention_heads=3, **labels)
+    head: dict[str, Callable[[AsyncClient], Any]] = {
+        "BertForSequenceClassification": lambda c: c.rerank(TEXTS[1], [*TEXTS, CONTEXT[:90]]),
+        "BertForMaskedLM": lambda c: c.fill_mask("Anna gave the [MASK] to [MASK]."),
+        "BertForTokenClassification": lambda c: c.classify_tokens(TEXTS, aggregation="simple"),
+        "BertForQuestionAnswering": lambda c: c.extract_answer(TEXTS[1], CONTEXT, top_k=3),
+    }
+    calls: list[Callable[[AsyncClient], Any]] = [
+        lambda c: c.embed(TEXTS),
+        lambda c: c.embed(CONTEXT[:200], pooling="max"),
+        lambda c: c.embed(TEXTS[2:], per_token=True),
+        lambda c: c.get_attention(TEXTS[0], top_k=5),
+        head[architecture],
+    ]
+    if "Sequence" in architecture:
+        calls.append(lambda c: c.classify([TEXTS[0], (TEXTS[2], TEXTS[1])], activation="identity"))
+
+    async def test(client: AsyncClient) -> None:
+        alone = [await call(client) for call in calls]
+        draw = random.Random(0)
+        for _ in range(3):
+            crowd = draw.choices(range(len(calls)), k=12)
+            found = await asyncio.gather(*(calls[i](client) for i in crowd))
+            assert all(answer == alone[i] for answer, i in zip(found, crowd, strict=True))
+
+    run(EncodingServer(checkpoint, library), test)

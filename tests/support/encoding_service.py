@@ -13,9 +13,12 @@ import torch
 from salver.client import AsyncClient
 from salver.model.embedding_modules import DenseModules
 from salver.model.embedding_spec import read_embedding_spec
+from salver.model.encoder import Encoder
 from salver.model.encoder_config import read_any_spec
 from salver.model.encoder_loader import load_encoder
 from salver.model.encoder_spec import EncoderSpec
+from salver.model.kernels.encoder_program import NativeEncoder
+from salver.model.kernels.library import Library, Precision
 from salver.model.tokenizer import Tokenizer
 from salver.server.admission import Admission
 from salver.server.config import ServerConfig
@@ -58,17 +61,21 @@ def ready_for(max_model_len: int) -> Ready:
 
 
 class EncodingServer:
-    """One checkpoint, served; `client` calls it."""
+    """One checkpoint, served; `running` gives who calls it."""
 
-    def __init__(self, checkpoint: Path, **limits: int) -> None:
+    def __init__(self, checkpoint: Path, library: Library | None = None) -> None:
+        """With `library` the native kernel computes it."""
         spec = read_any_spec(checkpoint)
         assert isinstance(spec, EncoderSpec)
         embedding = read_embedding_spec(checkpoint)
         encoder = load_encoder(checkpoint, spec, device=torch.device("cpu"), dtype=torch.float32)
         dense = DenseModules(checkpoint, embedding, spec.hidden_size) if embedding.dense else None
+        model: Encoder | NativeEncoder = encoder
+        if library is not None:
+            model = NativeEncoder(encoder, library, precision=Precision.FLOAT32, threads=2)
         self.engine = LoopEngine(
             InlineEngine(
-                EncoderRunner(encoder, row_multiple=4, dense=dense),
+                EncoderRunner(model, row_multiple=1 if library else 4, dense=dense),
                 EngineLimits(2, 16, spec.max_input_tokens, 32, 256, check_integrity=True),
                 clock=time.monotonic,
             )

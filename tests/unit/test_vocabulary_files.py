@@ -65,3 +65,61 @@ def test_a_word_piece_vocabulary_without_its_special_tokens(tmp_path: Path) -> N
     (tmp_path / "vocab.txt").write_text("the\n[UNK]\n[CLS]\n")
     with pytest.raises(CheckpointError, match=r"vocab\.txt: the special token \[SEP\]"):
         Tokenizer.from_directory(tmp_path)
+
+
+def write_word_pieces(path: Path, **settings: object) -> None:
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "book",
+        "##s",
+        "in",
+        "paris",
+        ",",
+        "<",
+        ">",
+        "new",
+    ]
+    (path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **settings}))
+
+
+ADDED = {"Paris": 14, "<new>": 15, "[E1]": 16}
+
+
+@pytest.mark.parametrize("listed", ["added_tokens.json", "added_tokens_decoder"])
+def test_tokens_beside_a_vocabulary(tmp_path: Path, listed: str) -> None:
+    """Spelled in a text they are one token; a special one also where the text is written otherwise."""
+    from transformers import BertTokenizer
+
+    if listed == "added_tokens.json":
+        write_word_pieces(tmp_path)
+        (tmp_path / listed).write_text(json.dumps(ADDED))
+        special = {"extra_special_tokens": ["[E1]"], "cls_token": "[SEP]"}
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    else:
+        entries = {
+            index: {"content": text, "special": text == "[E1]", "normalized": text == "Paris", "lstrip": True}
+            for text, index in ADDED.items()
+        }
+        write_word_pieces(tmp_path, added_tokens_decoder=entries)
+    ours, theirs = Tokenizer.from_directory(tmp_path), BertTokenizer.from_pretrained(str(tmp_path))
+    for text in ("the books in Paris, PARIS <new>", "[E1] in [e1] <NEW>paris", "the<new>book[E1]"):
+        assert ours.encode(text) == theirs(text).input_ids, text
+    assert ours.encode("Paris")[1:-1] == [14]
+
+
+def test_an_added_token_with_another_id_is_refused(tmp_path: Path) -> None:
+    for tokens in ({"<new>": 20}, {"book": 14}):
+        write_word_pieces(tmp_path)
+        (tmp_path / "added_tokens.json").write_text(json.dumps(tokens))
+        with pytest.raises(CheckpointError, match=rf"added_tokens\.json: '{next(iter(tokens))}' is token"):
+            Tokenizer.from_directory(tmp_path)
+    write_word_pieces(tmp_path, do_basic_tokenize=False)
+    with pytest.raises(CheckpointError, match="do_basic_tokenize"):
+        Tokenizer.from_directory(tmp_path)

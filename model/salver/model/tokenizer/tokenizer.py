@@ -13,7 +13,7 @@ import tokenizers
 from ..errors import CheckpointError
 from .decoding import Decoding, read_decoding
 from .encoding import EncodedText, encoded
-from .vocabulary_files import read_vocabulary_files
+from .vocabulary_files import add_listed_tokens, read_vocabulary_files
 
 if TYPE_CHECKING:
     from .piece_vocabulary import PieceVocabulary
@@ -207,13 +207,14 @@ def _read_backend(
     config = read_json(path / "config.json")
     model_type = str(config.get("model_type"))
     name = settings.get("tokenizer_class") or config.get("tokenizer_class") or _CLASS_OF.get(model_type)
+    # What tokenizer_config.json does not name may be named there.
+    special = read_json(path / "special_tokens_map.json")
     settings = {**settings, "tokenizer_class": name}
-    backend = read_vocabulary_files(path, settings)
+    backend = read_vocabulary_files(path, {**special, **settings})
     if backend is None:
         from .conversion import convert  # protobuf is loaded where it is needed
         from .piece_vocabulary import read_piece_vocabulary
 
-        special = read_json(path / "special_tokens_map.json")
         if (found := read_piece_vocabulary(path, settings, special)) is not None:
             return found[1], found[0]
         backend = convert(path, settings, special, model_type)
@@ -221,6 +222,7 @@ def _read_backend(
         raise CheckpointError(
             f"{file}: missing; no SentencePiece model, no vocab.txt and no vocab.json and merges.txt stand in"
         )
+    add_listed_tokens(backend, path, settings, special)
     return backend, None
 
 

@@ -32,6 +32,52 @@ def read_vocabulary_files(path: Path, settings: dict[str, Any]) -> tokenizers.To
     return None
 
 
+def add_listed_tokens(
+    tokenizer: tokenizers.Tokenizer, path: Path, settings: dict[str, Any], special: dict[str, Any]
+) -> None:
+    """Adds the tokens that a directory without tokenizer.json lists beside its vocabulary.
+
+    They are in added_tokens.json, or in the `added_tokens_decoder` of tokenizer_config.json (`settings`).
+    `special` is special_tokens_map.json. Raises CheckpointError where one would not get its id.
+    """
+    for where, index, token in sorted(_listed(path, settings, special), key=lambda found: found[1]):
+        if tokenizer.token_to_id(token.content) is None:
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if (found := tokenizer.token_to_id(token.content)) != index:
+            raise CheckpointError(
+                f"{path / where}: {token.content!r} is token {index} there, but {found} here"
+            )
+
+
+def _listed(
+    path: Path, settings: dict[str, Any], special: dict[str, Any]
+) -> list[tuple[str, int, AddedToken]]:
+    """File, id and token."""
+    found: list[tuple[str, int, AddedToken]] = []
+    named = {text for names in (special, settings) for value in names.values() for text in _texts(value)}
+    file = path / "added_tokens.json"
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for text, index in listed.items():
+            known = text in named
+            found.append((file.name, int(index), AddedToken(text, normalized=not known, special=known)))
+        for index, entry in (settings.get("added_tokens_decoder") or {}).items():
+            token = AddedToken(**{"special": False, "normalized": True, **entry})
+            found.append(("tokenizer_config.json", int(index), token))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its added tokens cannot be read: {error}") from error
+    return found
+
+
+def _texts(value: object) -> list[str]:
+    """The tokens that a field names: a string, an object with `content`, or a list of them."""
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    if isinstance(value, dict):
+        value = value.get("content")
+    return [value] if isinstance(value, str) else []
+
+
 def _class_of(path: Path, settings: dict[str, Any], supported: tuple[str, ...], default: str) -> str:
     name = str(settings.get("tokenizer_class") or default)
     name = name.removesuffix("Fast").removesuffix("Tokenizer")
@@ -51,6 +97,8 @@ def _special(settings: dict[str, Any], key: str, default: str) -> str:
 def _word_piece(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     """BERT's: lower case, accents and Chinese characters as the settings say."""
     kind = _class_of(path, settings, _WORD_PIECE, "Bert")
+    if settings.get("do_basic_tokenize") is False:
+        raise CheckpointError(f"{path.parent}: do_basic_tokenize is false, which is not supported")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
