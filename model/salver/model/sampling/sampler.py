@@ -73,7 +73,7 @@ def weights(logits: Tensor) -> Tensor:
     times as long for what is out of its range, as every logit is that some step excluded.
     """
     below = (logits - logits.amax(dim=-1, keepdim=True)).clamp_(min=-_FARTHEST)
-    return F.threshold_(below.exp_(), 2 * math.exp(-_FARTHEST), 0.0)
+    return F.threshold(below.exp_(), 2 * math.exp(-_FARTHEST), 0.0, inplace=True)
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
