@@ -26,6 +26,7 @@ from benchmarks.quality import runner_of
 from salver.model.tokenizer import Tokenizer
 from salver.server.engine.core import EngineCore, EngineLimits
 from salver.server.engine.grammar import Grammars, compile_grammar, load_vocabulary
+from salver.server.engine.host_memory import keep_freed_memory
 from salver.server.engine.request import EngineRequest, SamplingParams, StoppingParams
 from salver.server.grammar_check import grammar_of
 
@@ -216,7 +217,7 @@ def coverage(library: Any, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def core_of(checkpoint: Path, batch: int, grammar: str) -> EngineCore:
-    """An engine in which `batch` sequences decode, warm."""
+    """An engine in which `batch` sequences decode, warm, as in a worker."""
     runner = runner_of(checkpoint, "bfloat16", torch.get_num_threads(), batch * 16 + 1)
     runner.grammars = Grammars(lambda: load_vocabulary(checkpoint), beside=False)
     runner.grammars.warm()
@@ -231,6 +232,7 @@ def core_of(checkpoint: Path, batch: int, grammar: str) -> EngineCore:
             StoppingParams(200),
         )  # fmt: skip
         core.add(replace(item, grammar=grammar))
+    keep_freed_memory()
     for _ in range(4):
         core.step()
     return core

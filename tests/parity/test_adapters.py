@@ -22,6 +22,9 @@ from salver.model.adapters import AdapterBase, AdapterSet, load_adapter
 from salver.model.cache import KVCache
 from salver.model.errors import CheckpointError
 from salver.model.loader import load_model
+from salver.server.engine import adapter_startup
+from salver.server.engine.adapter_startup import read_adapter
+from salver.server.engine.changes import AdapterSource
 from salver.server.engine.core import EngineLimits
 from salver.server.engine.drafts import PromptLookup, Speculation, StepCosts
 from salver.server.engine.inline import InlineEngine
@@ -157,6 +160,30 @@ def test_every_field_of_peft_is_read_or_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"{name} is .*, which is not implemented"):
             AdapterConfig(file)
     assert not (READ | OF_TRAINING) - {field.name for field in fields(LoraConfig)}
+
+
+def test_a_rank_above_the_bound_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    write_adapter(tiny_llama, tmp_path, 0, r=4, lora_alpha=8, target_modules=["q_proj"],
+                  rank_pattern={"layers.1.self_attn.q_proj": 9})  # fmt: skip
+    base = AdapterBase.of(load_model(tiny_llama, device=CPU, dtype=torch.float32, numerics="exact"))
+    assert load_adapter(tmp_path, base, 9).rank == 9
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\..*q_proj\.lora_A\.weight is of rank 9, and at most 8"
+    ):
+        load_adapter(tmp_path, base, 8)
+
+
+def test_what_does_not_fit_is_not_read(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_adapter(tiny_llama, tmp_path, 0, r=4, lora_alpha=8, target_modules=["q_proj"])
+    base = AdapterBase.of(load_model(tiny_llama, device=CPU, dtype=torch.float32, numerics="exact"))
+    size = (directory / "adapter_model.safetensors").stat().st_size
+    monkeypatch.setattr(adapter_startup, "free_bytes", lambda: 4 * size)
+    assert read_adapter(AdapterSource("a@1", str(directory)), base).rank == 4
+    monkeypatch.setattr(adapter_startup, "free_bytes", lambda: 4 * size - 1)
+    with pytest.raises(MemoryError, match=f"it takes about {4 * size} bytes, and {4 * size - 1} are free"):
+        read_adapter(AdapterSource("a@1", str(directory)), base)
 
 
 def changed(directory: Path, **values: Any) -> None:

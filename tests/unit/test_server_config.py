@@ -69,7 +69,7 @@ def test_every_flag_changes_its_field(tmp_path: Path) -> None:
         "adapter": "a=/x,b=/y", "tensor_parallel_size": "2",
         "admin_port": "7", "admin_host": "::1", "admin_token_file": "/tokens", "admin_tls_cert": "/cert",
         "admin_tls_key": "/key", "admin_tls_client_ca": "/ca", "adapter_root": "/adapters",
-        "max_adapters": "3", "weights_root": "/weights",
+        "max_adapters": "3", "max_adapter_rank": "9", "weights_root": "/weights",
     }  # fmt: skip
     # Refused without the others.
     needed = {

@@ -81,11 +81,16 @@ class Adapter:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def load_adapter(path: Path, model: object) -> Adapter:
+def files_of(path: Path) -> list[Path]:
+    """The files with an adapter's tensors that are in its directory; the first one is read."""
+    return [path / name for name, _ in _FILES if (path / name).is_file()]
+
+
+def load_adapter(path: Path, model: object, max_rank: int | None = None) -> Adapter:
     """The adapter in a PEFT directory, for a model or its `AdapterBase`.
 
     Raises CheckpointError, naming file and tensor or field, for what is missing, misshaped, of another
-    model or not implemented.
+    model, of a rank above `max_rank` or not implemented.
     """
     base = AdapterBase.of(model)
     config_path = path / "adapter_config.json"
@@ -94,7 +99,7 @@ def load_adapter(path: Path, model: object) -> Adapter:
     modules, saved, tokens = _sorted(file, base)
     if not modules and not saved and not tokens:
         raise CheckpointError(f"{file.path}: there are no tensors")
-    reader = _Reader(base, config, file, AdaptedTensors(base, file, saved))
+    reader = _Reader(base, config, file, AdaptedTensors(base, file, saved), max_rank)
     for name in saved:
         reader.replace(name)
     if missing := [name for name in base.parts if config.is_saved(name) and name not in saved]:
@@ -152,7 +157,12 @@ def _sorted(file: WeightFile, base: AdapterBase) -> tuple[dict[str, _Module], di
 
 class _Reader:
     def __init__(
-        self, base: AdapterBase, config: AdapterConfig, file: WeightFile, tensors: AdaptedTensors
+        self,
+        base: AdapterBase,
+        config: AdapterConfig,
+        file: WeightFile,
+        tensors: AdaptedTensors,
+        max_rank: int | None,
     ) -> None:
         self.low_rank: dict[str, LowRank] = {}
         self.replaced: dict[str, Tensor] = {}
@@ -162,6 +172,7 @@ class _Reader:
         self._config = config
         self._file = file
         self._tensors = tensors
+        self._max_rank = max_rank
 
     def replace(self, name: str) -> None:
         """A tensor of the base, anew. One that nobody trained is the base's own, or refused."""
@@ -217,6 +228,11 @@ class _Reader:
                     name = f"{module}.lora_magnitude_vector"
                 raise self._error(f"tensor {name} is missing")
         self.rank = max(self.rank, self._config.rank(key))
+        if self._max_rank is not None and self.rank > self._max_rank:
+            raise self._error(
+                f"tensor {named} is of rank {self.rank}, and at most {self._max_rank} is served "
+                "(--max-adapter-rank)"
+            )
         layer = self._experts.layer_of(whole, key.removeprefix(f"{whole}."))
         if layer is not None:
             self._add_all_experts(layer, key, found)

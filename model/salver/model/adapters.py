@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from .adapted_distances import AdaptedDistances, is_of_distances
 from .adapter_base import HEAD, AdapterBase
-from .adapter_reader import Adapter, LowRank, load_adapter
+from .adapter_reader import Adapter, LowRank, files_of, load_adapter
 from .encoder import Encoder
 from .experts import ExpertProducts
 from .latent import HeadProduct
 from .layers import Embedding, Norm
 from .transformer import Transformer
 
-__all__ = ["Adapter", "AdapterBase", "AdapterSet", "LowRank", "load_adapter"]
+__all__ = ["Adapter", "AdapterBase", "AdapterSet", "LowRank", "files_of", "load_adapter"]
 
 _RANKS = 8  # ranks of what is computed together are padded to a multiple of so many
 

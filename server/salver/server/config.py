@@ -76,6 +76,9 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
         (), "Model", "LoRA adapters (PEFT directories) beside the model, NAME=DIR with commas between them; "
         "requests ask one by its name", parse=named_directories, metavar="NAME=DIR", shown="none",
     )  # fmt: skip
+    max_adapter_rank: int = _flag(
+        256, "Model", "largest rank of an adapter; one of more is refused", parse=_integer(1, 65536)
+    )
     offline: bool = _flag(False, "Model", "download nothing; fail when the model is not in the cache")
 
     host: str = _flag("127.0.0.1", "Network", "address to listen on; 0.0.0.0 or :: for all")
@@ -245,6 +248,7 @@ class ServerConfig(AdminConfig, ObservabilityConfig):
             speculative_model=str(speculative_checkpoint or ""),
             adapters=adapter_sources(self.adapter),
             more_adapters=self.adapter_root is not None,
+            max_adapter_rank=self.max_adapter_rank,
         )
 
 

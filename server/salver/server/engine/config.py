@@ -44,3 +44,4 @@ class EngineConfig:
     speculative_model: str = ""  # for draft: its checkpoint directory
     adapters: tuple[AdapterSource, ...] = ()
     more_adapters: bool = False  # others may be loaded later
+    max_adapter_rank: int | None = None

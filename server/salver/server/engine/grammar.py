@@ -96,7 +96,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._executor = LLExecutor(1)  # the device's threads have the other processors
+        self._executor = LLExecutor(1)  # more gain nothing for a few dozen masks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     def warm(self) -> LLTokenizer:

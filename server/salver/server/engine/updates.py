@@ -117,7 +117,7 @@ class Updates:
         match change:
             case LoadAdapter(ticket, source):
                 runner, model, adapters = self._adapted()
-                made = read_adapter(source, model)
+                made = read_adapter(source, model, self._config.max_adapter_rank)
                 facts = facts_of(source.key, made)
                 sources = self._sources | {source.key: replace(source, digest=made.digest)}
                 adapters[source.key] = made
@@ -156,7 +156,8 @@ class Updates:
             return None
         # The kernel may have taken the weights over already, but knows what they were.
         base = staged.base if isinstance(staged.model, nn.Module) else staged.model
-        read = {key: read_adapter(source, base) for key, source in self._sources.items()}
+        most = self._config.max_adapter_rank
+        read = {key: read_adapter(source, base, most) for key, source in self._sources.items()}
         return AdapterSet(staged.model, read, runner.row_multiple, install=False)
 
     def _exchange(self, ticket: int, change: StageWeights, staged: StagedWeights) -> Install:

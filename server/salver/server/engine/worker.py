@@ -51,6 +51,7 @@ def _serve(channel: Channel, page: StatusPage) -> int:
 
     imported = time.perf_counter()
     from salver.server.engine.encoder_startup import start_any_engine
+    from salver.server.engine.host_memory import keep_freed_memory
     from salver.server.engine.startup import StartError
     from salver.server.engine.updates import Updates
 
@@ -61,6 +62,7 @@ def _serve(channel: Channel, page: StatusPage) -> int:
         return 1
     from salver.server.engine.gpu_gauges import GpuGauges
 
+    keep_freed_memory()
     channel.send(ready)
     _loop(channel, page, core, Updates(core, config, ready), GpuGauges.of_this_process(page))
     return 0
