@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from support.encoders import CONFIGS, HEADS, Oracle, answers, load, write_encoder
 from support.stack import random_prompts
 
+from salver.model.encoder_config import read_any_spec
+from salver.model.encoder_spec import EncoderSpec
+
 TOLERANCE = 1e-4
 CASES = 48
 ACTIVATIONS = ("gelu", "relu", "silu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
@@ -151,3 +154,24 @@ def test_as_transformers(seed: int, tmp_path: Path) -> None:
     inputs = [[3 + i for i in ids] for ids in random_prompts(vocabulary - 3, [40, 1, 9, 9], seed)]
     for ids, found in zip(inputs, answers(load(tmp_path), inputs), strict=True):
         assert float((found - oracle(ids)).abs().max()) < TOLERANCE, (family + head, changes)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sizes_that_a_config_leaves_out(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    usual = getattr(transformers, f"{family}Config")()
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [f"{family}Model"]}))
+    spec = read_any_spec(tmp_path)
+    assert isinstance(spec, EncoderSpec)
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "max_position_embeddings",
+    )
+    inner = getattr(usual, "intermediate_size" if family != "DistilBert" else "hidden_dim")
+    rows = spec.max_input_tokens + (0 if spec.positions is None else spec.positions.offset)
+    found = (spec.vocab_size, spec.hidden_size, spec.num_heads, len(spec.order), rows, spec.intermediate_size)
+    assert found == (*(getattr(usual, name) for name in names), inner)

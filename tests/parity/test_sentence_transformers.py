@@ -14,11 +14,13 @@ import torch
 from parity.test_decoder_heads import write_served
 from parity.test_encoding_service import TEXTS, write
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Dropout, Normalize, Pooling, Transformer
 from support.encoding_service import EncodingServer
 from support.inspection_service import DecoderServer
 
 from salver.client import AsyncClient
+from salver.model.embedding_spec import read_embedding_spec
+from salver.model.errors import CheckpointError
 
 PROMPTS = {"query": "who has it in paris ", "document": "the book was "}
 MODES = ("cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
@@ -67,6 +69,40 @@ def test_dense_and_normalize(tmp_path: Path) -> None:
     server = EncodingServer(tmp_path / "st")
     assert server.model.embedding.default_prompt_name == "query"
     compare(server, model, TEXTS)
+
+
+def test_early_layouts(tmp_path: Path) -> None:
+    """A file of the family's name says the limit and the case; a Dropout among the modules does nothing."""
+    checkpoint = write(tmp_path / "body", "BertModel")
+    model = save(checkpoint, tmp_path / "st", ("mean",), Dropout(0.5), Normalize())
+    model.eval()
+    (tmp_path / "st" / "sentence_bert_config.json").unlink()
+    settings = {"max_seq_length": 9, "do_lower_case": True}
+    (tmp_path / "st" / "sentence_roberta_config.json").write_text(json.dumps(settings))
+    server = EncodingServer(tmp_path / "st")
+    assert server.model.embedding.max_tokens == 9 and server.model.embedding.lower_case
+    model.max_seq_length = 9
+    compare(server, model, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("1_Pooling/config.json", "include_prompt", False),
+        ("1_Pooling/config.json", "pooling_mode", "attention"),
+        ("2_Normalize/config.json", "module_input_name", "token_embeddings"),
+        ("sentence_bert_config.json", "transformer_task", "fill-mask"),
+        ("config_sentence_transformers.json", "default_prompt_name", "passage"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(
+    tmp_path: Path, file: str, field: str, value: object
+) -> None:
+    save(write(tmp_path / "body", "BertModel"), tmp_path / "st", ("mean",), Normalize())
+    path = tmp_path / "st" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(CheckpointError, match=rf"{file}: .*{field}|{file}: {field}"):
+        read_embedding_spec(tmp_path / "st")
 
 
 def test_over_a_decoder(tmp_path: Path) -> None:

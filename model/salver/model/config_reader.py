@@ -71,6 +71,7 @@ class ConfigReader:
         self._read: set[str] = set()
         self._found = {} if found is None else found
         self._prefix = prefix
+        self._supposed: dict[str, int] = {}
 
     def error(self, name: str, problem: str) -> CheckpointError:
         """An error that names the file and the field."""
@@ -90,6 +91,7 @@ class ConfigReader:
     def _or(self, name: str, value: _T | None, default: _T | None) -> _T:
         if value is not None:
             return value
+        default = self._supposed.get(name) if default is None else default  # type: ignore[assignment]
         if default is None:
             raise self.error(name, "is missing")
         self._found[self._prefix + name] = (default, False)
@@ -98,6 +100,10 @@ class ConfigReader:
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
         return self._config.get(name) is not None
+
+    def suppose(self, **sizes: int) -> None:
+        """What fields are that the config leaves out, where their reader does not say."""
+        self._supposed |= sizes
 
     def size(self, name: str, default: int | None = None) -> int:
         """A positive integer."""

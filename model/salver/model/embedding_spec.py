@@ -11,6 +11,11 @@ from .errors import CheckpointError
 from .pooling import MODES
 
 MAX_LIMIT = 10**9
+# What the first module says of itself; early versions had a file for each family.
+_SETTINGS = tuple(
+    f"sentence_{family}_config.json"
+    for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "ReLU": "relu"}
 
 
@@ -70,11 +75,14 @@ def read_embedding_spec(checkpoint: Path) -> EmbeddingSpec:
         elif kind == "Dense" and pooling and not normalize:
             dense.append(_dense(checkpoint, where))
         elif kind == "Normalize" and pooling:
+            _check_normalize(checkpoint / where / "config.json")
             normalize = True
+        elif kind == "Dropout":
+            continue  # of training
         else:
             raise CheckpointError(
                 f"{path}: module {place}, {module.get('type')!r} in {where!r}, is not supported there "
-                "(supported: Transformer, Pooling, Dense, Normalize, in this order)"
+                "(supported: Transformer, Pooling, Dense, Normalize, in this order, and Dropout)"
             )
     if not pooling:
         raise CheckpointError(f"{path}: no Pooling module")
@@ -99,6 +107,15 @@ def _pooling(path: Path) -> tuple[str, ...]:
     if not found:
         raise c.error("pooling_mode", "is missing, and no pooling_mode_... is true")
     return tuple(found)
+
+
+def _check_normalize(path: Path) -> None:
+    """Newer versions write what it normalizes."""
+    if path.is_file():
+        c = ConfigReader(read_json(path), str(path))
+        c.only("module_input_name", "sentence_embedding")
+        c.only("module_output_name", "sentence_embedding")
+        c.refuse_unread()
 
 
 def _dense(checkpoint: Path, where: str) -> DenseSpec:
@@ -129,9 +146,9 @@ def _dense(checkpoint: Path, where: str) -> DenseSpec:
 
 
 def _sentence_settings(checkpoint: Path) -> dict[str, object]:
-    path = checkpoint / "sentence_bert_config.json"
     settings: dict[str, object] = {}
-    if path.is_file():
+    path = next((p for name in _SETTINGS if (p := checkpoint / name).is_file()), None)
+    if path is not None:
         c = ConfigReader(read_json(path), str(path))
         settings["max_tokens"] = c.size("max_seq_length") if c.has("max_seq_length") else None
         settings["lower_case"] = c.boolean("do_lower_case", False)

@@ -35,6 +35,10 @@ _LAYER = LayerNames(
     *("AlbertForTokenClassification", "AlbertForQuestionAnswering"),
 )
 def albert(c: ConfigReader, architecture: str) -> EncoderSpec:
+    c.suppose(
+        vocab_size=30000, hidden_size=4096, num_hidden_layers=12, num_attention_heads=64,
+        intermediate_size=16384, max_position_embeddings=512,
+    )  # fmt: skip
     hidden, num_heads = c.size("hidden_size"), c.size("num_attention_heads")
     if hidden % num_heads:
         raise c.error("num_attention_heads", f"({num_heads}) must divide hidden_size ({hidden})")

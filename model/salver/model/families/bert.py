@@ -18,6 +18,10 @@ from .encoder_names import (
     weight_map,
 )
 
+_BASE = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+}  # fmt: skip
 # What a body with another head may carry along: the pooler, the pretraining's second head.
 _EXTRAS = (r"pooler\..*", r"cls\.seq_relationship\..*")
 
@@ -27,6 +31,7 @@ _EXTRAS = (r"pooler\..*", r"cls\.seq_relationship\..*")
     *("BertForTokenClassification", "BertForQuestionAnswering"),
 )
 def bert(c: ConfigReader, architecture: str) -> EncoderSpec:
+    c.suppose(vocab_size=30522, **_BASE)
     hidden, norm = c.size("hidden_size"), NormSpec("layer", c.number("layer_norm_eps", 1e-12))
     task, labels = task_of(architecture), c.labels()
     head: HeadNames | None = None
@@ -111,6 +116,7 @@ def _heads_of(family: str) -> tuple[str, ...]:
 
 @encoder_family(*_heads_of("Roberta"), *_heads_of("XLMRoberta"), *_heads_of("Camembert"))
 def roberta(c: ConfigReader, architecture: str) -> EncoderSpec:
+    c.suppose(vocab_size=50265 if architecture.startswith("Roberta") else 30522, **_BASE)
     hidden, norm = c.size("hidden_size"), NormSpec("layer", c.number("layer_norm_eps", 1e-12))
     task, labels = task_of(architecture), c.labels()
     if task == "MaskedLM":
@@ -137,8 +143,12 @@ def two_layer_head(num_labels: int, hidden: int, activation: str) -> HeadNames:
 
 @encoder_family(*_heads_of("Electra"))
 def electra(c: ConfigReader, architecture: str) -> EncoderSpec:
+    c.suppose(
+        vocab_size=30522, hidden_size=256, num_hidden_layers=12, num_attention_heads=4,
+        intermediate_size=1024, max_position_embeddings=512,
+    )  # fmt: skip
     hidden, norm = c.size("hidden_size"), NormSpec("layer", c.number("layer_norm_eps", 1e-12))
-    size = c.size("embedding_size", hidden)
+    size = c.size("embedding_size", 128)
     task, labels = task_of(architecture), c.labels()
     if task == "MaskedLM":
         names = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias")

@@ -36,6 +36,10 @@ _LAYER = LayerNames(
     *("DebertaV2ForTokenClassification", "DebertaV2ForQuestionAnswering"),
 )
 def deberta_v2(c: ConfigReader, architecture: str) -> EncoderSpec:
+    c.suppose(
+        vocab_size=128100, hidden_size=1536, num_hidden_layers=24, num_attention_heads=24,
+        intermediate_size=6144, max_position_embeddings=512,
+    )  # fmt: skip
     hidden, num_heads = c.size("hidden_size"), c.size("num_attention_heads")
     if hidden % num_heads:
         raise c.error("num_attention_heads", f"({num_heads}) must divide hidden_size ({hidden})")

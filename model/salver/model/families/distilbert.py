@@ -33,6 +33,7 @@ _LAYER = LayerNames(
     *("DistilBertForTokenClassification", "DistilBertForQuestionAnswering"),
 )
 def distilbert(c: ConfigReader, architecture: str) -> EncoderSpec:
+    c.suppose(vocab_size=30522, dim=768, n_layers=6, n_heads=12, hidden_dim=3072, max_position_embeddings=512)
     hidden, num_heads, norm = c.size("dim"), c.size("n_heads"), NormSpec("layer", 1e-12)
     if hidden % num_heads:
         raise c.error("n_heads", f"({num_heads}) must divide dim ({hidden})")

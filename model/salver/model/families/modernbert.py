@@ -17,6 +17,10 @@ _KINDS = ("full_attention", "sliding_attention")
     *("ModernBertForTokenClassification", "ModernBertForQuestionAnswering"),
 )
 def modernbert(c: ConfigReader, architecture: str) -> EncoderSpec:
+    c.suppose(
+        vocab_size=50368, hidden_size=768, num_hidden_layers=22, num_attention_heads=12,
+        intermediate_size=1152, max_position_embeddings=8192,
+    )  # fmt: skip
     hidden, num_heads = c.size("hidden_size"), c.size("num_attention_heads")
     if hidden % num_heads or hidden // num_heads % 2:
         raise c.error("num_attention_heads", f"({num_heads}) must cut hidden_size ({hidden}) into even parts")

@@ -34,6 +34,10 @@ _PADDING = 1  # whatever pad_token_id says: the reference counts positions from 
     *("MPNetForTokenClassification", "MPNetForQuestionAnswering"),
 )
 def mpnet(c: ConfigReader, architecture: str) -> EncoderSpec:
+    c.suppose(
+        vocab_size=30527, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=3072, max_position_embeddings=512,
+    )  # fmt: skip
     hidden, num_heads = c.size("hidden_size"), c.size("num_attention_heads")
     if hidden % num_heads:
         raise c.error("num_attention_heads", f"({num_heads}) must divide hidden_size ({hidden})")

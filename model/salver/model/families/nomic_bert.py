@@ -123,6 +123,10 @@ def _as_modules(weights: WeightMap, shape: _Shape) -> WeightMap:
 
 
 def _layout(c: ConfigReader) -> _Shape:
+    c.suppose(
+        vocab_size=30528, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=3072, max_position_embeddings=2048,
+    )  # fmt: skip
     hidden, num_heads = c.size("hidden_size"), c.size("num_attention_heads")
     head_dim = _head_dim(c, "num_attention_heads", hidden, num_heads)
     c.only("head_dim", head_dim)
