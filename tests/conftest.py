@@ -151,7 +151,7 @@ def start_session_server(cache_dir: Path) -> Iterator[Callable[..., object]]:
 @pytest.fixture(scope="session")
 def server(start_session_server: Callable[..., object], smollm2_gguf: Path) -> object:
     """The default model in float32, for all tests of the session."""
-    return start_session_server("smollm2", "--threads", "2")
+    return start_session_server("smollm2", "--threads", "2", "--no-deadline-admission")
 
 
 @pytest.fixture(scope="session")

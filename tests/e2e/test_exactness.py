@@ -18,6 +18,7 @@ PASSAGE = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of "
     "foolishness, it was the epoch of belief, it was the epoch of incredulity. "
 )
+UNHURRIED = "--no-deadline-admission"  # a machine that does other work answers late, and answers
 WAYS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.0},
@@ -85,7 +86,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def plain(checkpoint: Path, start_module_server: Callable[..., Server]) -> Server:
-    return start_module_server(checkpoint, "--max-num-seqs", "32")
+    return start_module_server(checkpoint, "--max-num-seqs", "32", UNHURRIED)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_after_a_prefix_cache_hit(plain: Server, truth: Answers) -> None:
 def test_with_the_prompt_in_chunks(
     checkpoint: Path, start_server: Callable[..., Server], truth: Answers
 ) -> None:
-    server = start_server(checkpoint, "--max-num-batched-tokens", "24", "--max-num-seqs", "16")
+    server = start_server(checkpoint, "--max-num-batched-tokens", "24", "--max-num-seqs", "16", UNHURRIED)
     assert alone(server, requests(48, cache_salt="alone")) == truth
     assert together(server, requests(48), others=12) == truth
 
@@ -125,7 +126,7 @@ def test_with_the_prompt_in_chunks(
 def test_without_prefix_caching(
     checkpoint: Path, start_server: Callable[..., Server], truth: Answers
 ) -> None:
-    server = start_server(checkpoint, "--no-prefix-caching")
+    server = start_server(checkpoint, "--no-prefix-caching", UNHURRIED)
     for _ in range(2):
         replies = server.together(requests(48))
         assert [calls.tokens_of(reply) for reply in replies] == truth
@@ -137,7 +138,8 @@ def test_after_preemption(
 ) -> None:
     # Room for about 1000 tokens, where the batch wants 4000 and the samples want 1700.
     per_token = 16384 // 16 if "gpt2" in checkpoint.name else 8192 // 16
-    server = start_server(checkpoint, "--kv-cache-memory", str(1000 * per_token), "--max-num-seqs", "32")
+    memory = ("--kv-cache-memory", str(1000 * per_token))
+    server = start_server(checkpoint, *memory, "--max-num-seqs", "32", UNHURRIED)
     for round_ in range(2):
         assert together(server, requests(48, cache_salt=str(round_)), others=22) == truth
     assert alone(server, growing(16, 96)) == alone(plain, growing(16, 96))
@@ -172,7 +174,14 @@ def test_smollm2_in_chunks_and_preempted(
 ) -> None:
     # Float32: 46,080 bytes a token; room for 20 blocks of 16 tokens.
     small = start_server(
-        "smollm2", "--threads", "2", "--max-num-batched-tokens", "64", "--kv-cache-memory", str(320 * 46080)
+        "smollm2",
+        "--threads",
+        "2",
+        "--max-num-batched-tokens",
+        "64",
+        "--kv-cache-memory",
+        str(320 * 46080),
+        UNHURRIED,
     )
     assert together(small, smollm2_requests(), others=16) == smollm2_truth
     assert alone(small, growing(8, 48)) == alone(server, growing(8, 48))

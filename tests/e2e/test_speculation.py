@@ -35,7 +35,7 @@ def test_the_same_tokens_with_and_without(
     truth = alone(without, ways)
     assert counted(without) == (0, 0)
     for flags in (["--speculation", "ngram"], ["--speculative-model", str(tiny_llama)]):
-        flags = [*flags, "--kernels", kernels, "--check-integrity"]
+        flags = [*flags, "--kernels", kernels, "--check-integrity", "--no-deadline-admission"]
         server = start_server(tiny_llama, *flags)
         assert alone(server, ways) == truth
         assert together(server, ways, others=12) == truth
