@@ -19,6 +19,7 @@ from llguidance import LLMatcher, LLTokenizer
 from salver.server.engine.grammar import compile_grammar, load_vocabulary
 
 MEMORY = 1 << 30  # bytes beyond what the vocabulary takes
+TOKENS_AHEAD = 4  # are tried of an output
 READY = "ready"
 # One line break and some blanks where JSON may have any number, or a model can go on with them for ever.
 _WHITESPACE = r"\n?[ \t]{0,32}"
@@ -48,13 +49,35 @@ def check(request: dict[str, Any], vocabulary: LLTokenizer) -> dict[str, Any]:
     matcher = compile_grammar(grammar, vocabulary)
     mask = b"" if matcher.is_error() else matcher.compute_bitmask()
     if matcher.is_error():
-        return {"error": matcher.get_error()}
+        return {"error": _reason(matcher)}
     if not any(mask):
         return {"error": "no text follows it"}
+    if (reason := _fails_soon(matcher.deep_copy(), mask)) is not None:
+        return {"error": reason}
     for index, token_ids in enumerate(request["outputs"]):
         if matcher.validate_tokens(token_ids) < len(token_ids):
             return {"output": index}
     return {"grammar": grammar}
+
+
+def _fails_soon(matcher: LLMatcher, mask: bytes) -> str | None:
+    """Why it is too much for the limits a few tokens on: what is only counted then may explode."""
+    for _ in range(TOKENS_AHEAD):
+        allowed = (8 * i + bit for i, byte in enumerate(mask) for bit in range(8) if byte >> bit & 1)
+        matcher.consume_token(next(allowed))
+        if matcher.is_stopped() and not matcher.is_error():
+            return None
+        mask = matcher.compute_bitmask()
+        if matcher.is_error():
+            return _reason(matcher)
+        if not any(mask):
+            return None
+    return None
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """What the library says is wrong, without its own state."""
+    return str(matcher.get_error()).partition("\n<state>")[0]
 
 
 def main(checkpoint: str) -> int:
