@@ -4,9 +4,9 @@
 
 SmolLM2-135M's shapes, the head with them, random weights; microseconds, each the median of calls in
 turns. The weights of `--copies` layers are read one after the other, as in a step, so that no cache holds
-them. torch's own products are oneDNN's and MKL's (float32, bfloat16) and fbgemm's (`linear_dynamic`, whose
-scale spans the batch); `_int_mm` stands with a scale for each token, and torchao where `.peers/products`
-has it (`pip install --no-deps --target .peers/products torchao`).
+them. torch's own products are `F.linear` (float32, bfloat16) and `linear_dynamic`, whose scale spans the
+batch; `_int_mm` stands with a scale for each token, and torchao where `.peers/products` has it
+(`pip install --no-deps --target .peers/products torchao`).
 """
 
 from __future__ import annotations

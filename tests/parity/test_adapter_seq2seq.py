@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import exactness
 from support.adapters import AdaptedStack, norms_of, write_random_adapter
-from support.seq2seq import VARIANTS, write
+from support.seq2seq import VARIANTS, logits_of, write
 from support.stack import random_prompts
 from unit.test_engine_core import Sink
 
@@ -47,15 +47,6 @@ def kinds_of(model: Any) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-@torch.inference_mode()
-def logits(reference: Any, source: list[int], output: list[int]) -> torch.Tensor:
-    ids = torch.tensor([source])
-    found: torch.Tensor = reference(
-        input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=torch.tensor([output])
-    ).logits[0]
-    return found
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_peft_computes(name: str, tmp_path: Path) -> None:
     reference = write(tmp_path, VARIANTS[name])
@@ -68,7 +59,7 @@ def test_what_peft_computes(name: str, tmp_path: Path) -> None:
     stack.put(AdapterSet(model, loaded, 4))
     (source,) = ([4 + i for i in ids] for ids in random_prompts(60, [17]))
     (output,) = ([4 + i for i in ids] for ids in random_prompts(60, [9], seed=1))
-    truth = {kind: logits(theirs.get(kind, reference), source, output) for kind in ("", *loaded)}
+    truth = {kind: logits_of(theirs.get(kind, reference), source, output) for kind in ("", *loaded)}
     for kind, expected in truth.items():
         assert not kind or float((expected - truth[""]).abs().max()) > 10 * TOLERANCE, f"{kind} does nothing"
     stack.names = dict(enumerate(truth))
@@ -111,7 +102,7 @@ def test_in_the_engine(tmp_path: Path) -> None:
     engine = InlineEngine(runner, limits, clock=itertools.count().__next__)
     crowd = answers(engine, asked)
     for (name, source), (tokens, logprobs) in zip(asked, crowd, strict=True):
-        expected = logits(theirs[name], source, [3, *tokens[:-1]]).log_softmax(-1)
+        expected = logits_of(theirs[name], source, [3, *tokens[:-1]]).log_softmax(-1)
         assert expected.argmax(-1).tolist() == tokens
         assert logprobs == pytest.approx(expected.max(-1).values.tolist(), abs=1e-3)
         assert answers(engine, [(name, source)]) == [(tokens, logprobs)], "alone"

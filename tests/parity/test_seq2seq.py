@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import exactness
-from support.seq2seq import VARIANTS, VOCAB, write
+from support.seq2seq import VARIANTS, VOCAB, logits_of, write
 from support.stack import CPU, Stack, random_prompts
 
 from salver.model import loader
@@ -43,16 +43,6 @@ def texts(lengths: list[int], vocab_size: int = VOCAB, seed: int = 0) -> list[li
     return [[4 + i for i in ids] for ids in random_prompts(vocab_size - 4, lengths, seed)]
 
 
-@torch.inference_mode()
-def logits(reference: Any, source: list[int], output: list[int]) -> torch.Tensor:
-    """[n, vocab]"""
-    ids = torch.tensor([source])
-    found: torch.Tensor = reference(
-        input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=torch.tensor([output])
-    ).logits[0]
-    return found
-
-
 def ours(stack: Stack, source: list[int], output: list[int], chunk: int | None = None) -> torch.Tensor:
     stack.read({-1: source})
     found = stack.logits(output, chunk)
@@ -67,13 +57,13 @@ def test_what_transformers_computes(name: str, tmp_path: Path, monkeypatch: pyte
     vocab_size = stack.model.spec.vocab_size
     for length, count in ((3, 30), (41, 9), (17, 1)):
         (source,), (output,) = texts([length]), texts([count], vocab_size, seed=1)
-        expected = logits(reference, source, output)
+        expected = logits_of(reference, source, output)
         assert expected.std() > 0.2, "logits this flat would show nothing"
         for chunk in (None, 4, 1):
             assert float((ours(stack, source, output, chunk) - expected).abs().max()) < TOLERANCE
     tokens_are_the_same(reference, stack)
     (source,), (output,) = texts([41]), texts([30], vocab_size, seed=1)
-    every_knob_shows(stack, tmp_path, source, output, logits(reference, source, output), monkeypatch)
+    every_knob_shows(stack, tmp_path, source, output, logits_of(reference, source, output), monkeypatch)
 
 
 def tokens_are_the_same(reference: Any, stack: Stack) -> None:
@@ -237,7 +227,7 @@ def test_the_native_kernel(name: str, tmp_path: Path, library: Library) -> None:
         stack = Stack.of(NativeSeq2Seq(model, cache, library, precision=precision, threads=1), cache)
         for length, count in ((3, 40), (41, 9)):
             (source,), (output,) = texts([length]), texts([count], vocab_size, seed=1)
-            expected = logits(reference, source, output)
+            expected = logits_of(reference, source, output)
             for chunk in (None, 4, 1):
                 error = (ours(stack, source, output, chunk) - expected).abs()
                 assert float(error.max() if dtype == torch.float32 else error.mean()) < tolerance

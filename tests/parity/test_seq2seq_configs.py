@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from parity.test_seq2seq import TOLERANCE, logits, ours, texts
+from parity.test_seq2seq import TOLERANCE, ours, texts
 from safetensors.torch import load_file, save_file
 from support.decoders import Variant
-from support.seq2seq import BART, T5, write
+from support.seq2seq import BART, T5, logits_of, write
 from support.stack import Stack
 
 from salver.model.config_reader import read_spec
@@ -162,6 +162,6 @@ def test_the_logits_are_those_that_were_saved(case: int, tmp_path: Path) -> None
     way(tmp_path, model)
     stack = Stack(tmp_path, num_blocks=60)
     (source,), (output,) = texts([19]), texts([11], stack.model.spec.vocab_size, seed=1)
-    expected = logits(model, source, output)
+    expected = logits_of(model, source, output)
     assert expected.std() > 0.1, "logits this flat would show nothing"
     assert float((ours(stack, source, output) - expected).abs().max()) < TOLERANCE, way.__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from support.decoders import Variant
 
 VOCAB, CONTEXT = 97, 160
@@ -125,3 +126,13 @@ def write_translator(directory: Path) -> Any:
         "decoder_start_token_id": size - 1, "forced_eos_token_id": 0, "bad_words_ids": [[size - 1]],
     }  # fmt: skip
     return write(directory, Variant("MarianMTModel", fields))
+
+
+@torch.inference_mode()
+def logits_of(reference: Any, source: list[int], output: list[int]) -> torch.Tensor:
+    """[n, vocab] of transformers' or PEFT's model."""
+    ids = torch.tensor([source])
+    found: torch.Tensor = reference(
+        input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=torch.tensor([output])
+    ).logits[0]
+    return found
